@@ -1,0 +1,234 @@
+"""Shrinking one's own network in three lines of Python, with one's own data, loss and training loop.
+
+    from prune_cli import shrink
+
+    small = shrink(model, example_inputs, ratio=0.5)
+
+`save_pruned(small, folder)` and `load_pruned(folder, model=MyNet())` keep it in two files without pickle.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from prune_cli import artifacts, pruned, shrinking
+from prune_cli.config import options
+from prune_cli.criteria import requirements
+from prune_cli.criteria.criterion import Criterion, LayerView
+from prune_cli.criteria.statistics import Statistics, collect
+from prune_cli.errors import ConfigError, nearest
+from prune_cli.granularities.filter import Filter
+from prune_cli.granularities.granularity import Granularity, Normalize, select
+from prune_cli.granularities.targets import Rule, layers
+from prune_cli.nodes import resolve
+from prune_cli.pruned import Record
+
+log = logging.getLogger(__name__)
+
+ORIGIN = "_prune_record"
+"""Attribute of a shrunk module that says where it comes from; copies of the module keep it."""
+
+Score = Callable[[LayerView], Tensor]
+Loss = Callable[[nn.Module, Any, Tensor], Tensor]
+
+OF_ANY_INPUTS = frozenset({"taylor", "taylor_filter", "n_keep"})
+"""Needs that are met by the loss alone: whatever the model's inputs are, only the loss touches them."""
+
+
+def shrink(
+    model: nn.Module,
+    example_inputs: Any,
+    ratio: float | Mapping[str, float] = 0.5,
+    *,
+    criterion: str | Score | Criterion = "l1",
+    scope: Literal["layer", "global"] = "layer",
+    normalize: Normalize = "none",
+    min_keep: float = 0.0,
+    max_ratio: float = 1.0,
+    batches: Iterable[tuple[Any, Tensor]] = (),
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Removes the least important channels of a network, with everything that depends on them.
+
+    Args:
+        model: any module; left as it was. What its outputs consist of (the classes) is kept.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        ratio: fraction of the channels to remove, in [0, 1): one number, or one per layer (dotted name; the others
+            stay as they are; of layers that are added to each other all must be named).
+        criterion: how important a channel is: an option of the command line (`l1`, `l2`, ...), or a function of a
+            `LayerView` that returns scores like its weight or one per output channel; higher = keep.
+        scope: `layer` removes that fraction of every coupled set of layers, `global` of all of them ranked together.
+        normalize: with scope `global`, what scores are divided by first: none, layer_mean, layer_l2 or lamp.
+        min_keep: fraction of a layer's channels that always stays; at least one channel does.
+        max_ratio: largest fraction that may go from one layer.
+        batches: (inputs, target) pairs for criteria that measure something on data; a few hundred examples do. Where
+            inputs are a tuple of tensors (for `loss` to pass on), only criteria of gradients per batch can be used.
+        loss: (model, inputs, target) -> mean loss of the batch, for criteria that use gradients; None = cross entropy
+            of what `model(inputs)` returns.
+        seed: for criteria that draw numbers.
+
+    Returns:
+        A new module of the same class, with the same names, smaller tensors, and on the example the outputs that the
+        given network has with those channels set to zero (norms over channels see only the channels that are left).
+
+    Raises:
+        ConfigError: a name that is not there, a value out of range, or data missing that the criterion needs.
+        SurgeryError: the model does not run on the example inputs, or cannot be shrunk as asked.
+    """
+    chosen = _criterion(criterion, model)
+    rules, most = _rules(ratio)
+    filters = Filter()
+    granularity = Granularity(
+        filters,
+        ratio=most,
+        rules=rules,
+        scope=scope,
+        normalize=normalize,
+        min_keep=min_keep,
+        max_ratio=max_ratio,
+    )
+    for name, value, legal in (
+        ("ratio", most, 0 <= most < 1),
+        ("min_keep", min_keep, 0 <= min_keep < 1),
+        ("max_ratio", max_ratio, 0 < max_ratio <= 1),
+    ):
+        if not legal:
+            raise ConfigError(f"{name}: {value} is not a fraction from 0 to below 1 (max_ratio: to 1)")
+    granularity.check(model, chosen)
+    statistics = _statistics(chosen, model, example_inputs, batches, loss, list(granularity.ratios(model)))
+    selection = select(granularity, chosen, model, example_inputs, statistics=statistics, seed=seed)
+    log.info("removing %d of %d units", selection.removed, selection.units)
+    origin: Record | None = getattr(model, ORIGIN, None)
+    small = shrinking.shrink(
+        filters,
+        model,
+        example_inputs,
+        selection.masks,
+        lineage=None if origin is None else origin.lineage,
+        check_on=(example_inputs,),
+    )
+    dense = pruned.dense_hash(model) if origin is None else origin.dense_sha256
+    node = {"_target_": _class_of(model)} if origin is None else origin.node
+    object.__setattr__(small.model, ORIGIN, Record(node, small.lineage, dense_sha256=dense))
+    return small.model
+
+
+def save_pruned(model: nn.Module, folder: str | Path, *, builder: Mapping[str, Any] | None = None) -> None:
+    """Writes `pruned.yaml` and `weights.safetensors` of a network that `shrink` or `load_pruned` returned.
+
+    Args:
+        model: trained on or not.
+        folder: made if it is not there.
+        builder: how to build the dense network, as in a recipe's `model` with `num_classes` and `in_shape`; then
+            `load_pruned(folder)` needs no `model`. Only for networks of prune, torchvision and timm, for example
+            `{"_target_": "prune_cli.models.torchvision.torchvision", "name": "resnet18", "num_classes": 10,
+            "in_shape": [3, 32, 32]}`.
+
+    Raises:
+        ConfigError: the network does not come from `shrink`.
+        CheckpointError: a builder that would be refused when it is loaded.
+        StorageError: the folder cannot be written.
+    """
+    origin: Record | None = getattr(model, ORIGIN, None)
+    if origin is None:
+        raise ConfigError(
+            f"{type(model).__name__} was not returned by shrink or load_pruned, so nobody knows what was removed; "
+            "save the result of small = shrink(model, ...)"
+        )
+    if builder is not None:
+        pruned.require_ours(builder, "save_pruned")
+        origin = Record(dict(builder), origin.lineage, dense_sha256=origin.dense_sha256)
+    folder = Path(folder)
+    with artifacts.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    pruned.write(folder, model, origin)
+
+
+def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The network of a folder with `pruned.yaml`: a stage folder of a run, or one that `save_pruned` wrote.
+
+    Args:
+        folder: holds `pruned.yaml` and `weights.safetensors`.
+        model: the dense network, needed for one's own classes: `load_pruned(folder, model=MyNet())`. Its weights do
+            not matter, and it is left as it was.
+
+    Returns:
+        The small network, on the CPU, in evaluation mode, with the same logits bit for bit.
+
+    Raises:
+        CheckpointError: files that are damaged, were edited or do not fit, or a builder outside prune and no `model`.
+    """
+    small = pruned.load(Path(folder), model)
+    object.__setattr__(small, ORIGIN, pruned.read(Path(folder)).record)
+    return small
+
+
+def _criterion(given: str | Score | Criterion, model: nn.Module) -> Criterion:
+    if isinstance(given, Criterion):
+        return given
+    if callable(given):
+        return Criterion(given, _level(given, model))
+    known = options("criterion")
+    if given not in known:
+        raise ConfigError(f"criterion: there is no {given!r}{nearest(given, known)}")
+    found: Criterion = resolve(yaml.safe_load(known[given].read_text()), "criterion", Criterion)
+    return found
+
+
+def _level(score: Score, model: nn.Module) -> Literal["element", "channel"]:
+    """What one score of a function stands for, seen on the first layer."""
+    for name, layer in layers(model).items():
+        weight = getattr(layer, "weight").detach()  # noqa: B009 - Module.__getattr__ is typed too wide
+        bias = getattr(layer, "bias", None)
+        view = LayerView(
+            f"{name}.weight", weight, None if bias is None else bias.detach(), torch.Generator().manual_seed(0)
+        )
+        return "element" if score(view).shape == weight.shape else "channel"
+    raise ConfigError(f"{type(model).__name__} has no convolution and no linear layer to shrink")
+
+
+def _statistics(
+    criterion: Criterion,
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[tuple[Any, Tensor]],
+    loss: Loss | None,
+    names: list[str],
+) -> Statistics:
+    """What the criterion needs, measured on the batches."""
+    if not isinstance(example_inputs, Tensor) and (left := set(criterion.needs) - OF_ANY_INPUTS):
+        raise ConfigError(
+            f"criterion: {', '.join(sorted(left))} can only be measured on models of one input tensor; choose one that "
+            "reads the weights, such as l1 or fpgm, or taylor_group"
+        )
+    examples = list(batches) if requirements.needs_images(criterion) else []
+    if requirements.needs_images(criterion) and not examples:
+        raise ConfigError(
+            "criterion: needs data; give batches=[(inputs, target), ...] and, if not cross entropy, loss="
+        )
+    return collect(
+        model, examples, criterion.needs, loss or _cross_entropy, example_inputs, at=criterion.at, names=names
+    )
+
+
+def _cross_entropy(model: nn.Module, inputs: Any, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(inputs), target)
+
+
+def _rules(ratio: float | Mapping[str, float]) -> tuple[tuple[Rule, ...], float]:
+    if not isinstance(ratio, Mapping):
+        return (), ratio
+    rules = tuple(Rule(names=(name,), ratio=value) for name, value in ratio.items())
+    return rules, max(ratio.values(), default=0.0)
+
+
+def _class_of(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"

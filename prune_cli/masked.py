@@ -1,0 +1,137 @@
+"""The masked dense network as a reference: what the shrunk one must compute.
+
+Masks zero channels, which is exact for every operator but one kind: a norm over channels (LayerNorm,
+GroupNorm, RMSNorm)
+counts the zeros. Here those operators see only the channels that are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prune_cli import trace as tracing
+from prune_cli.channels import Plan
+from prune_cli.labels import flat, varied
+from prune_cli.surgery import Shrunk, structured_masks
+from prune_cli.trace import Example, Step, Trace, Tracer
+
+
+class KeptNorms(Tracer):
+    """Executes a masked network with norms over the kept channels."""
+
+    real = True
+
+    def __init__(self, names: dict[int, str], trace: Trace, keep: np.ndarray) -> None:
+        super().__init__(names)
+        self.keep = keep  # keep[variable + 1]
+        self.steps: dict[tuple[str, str, int], Step] = {}  # layer, operator, how many times before
+        self.seen: Counter[tuple[str, str]] = Counter()
+        for step in trace.steps:
+            if step.name in tracing.NORMS:
+                self.steps[step.layer, step.name, self.seen[step.layer, step.name]] = step
+                self.seen[step.layer, step.name] += 1
+        self.seen.clear()
+
+    def run(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Computes an operator; norms over the kept positions."""
+        if name not in tracing.NORMS:
+            return super().run(name, func, args, kwargs)
+        step = self.steps.get((self.layer, name, self.seen[self.layer, name]))
+        self.seen[self.layer, name] += 1
+        if step is None or step.source is None or not step.source[1].fields:
+            return super().run(name, func, args, kwargs)
+        label = max(
+            step.source[1].fields,
+            key=lambda f: max(varied(f), default=-1) if "layer" in name else 1 in varied(f),
+        )
+        if name == "native_group_norm":
+            return self._group_norm(func, args, label)
+        if name in ("native_layer_norm", "_fused_rms_norm"):
+            return self._layer_norm(func, args, label)
+        if step.norm and len(varied(label)) == 1 and varied(label)[0] in self._dims(args, label.dim()):
+            axis = varied(label)[0]
+            return func(args[0].index_select(axis, self._kept(label)), *args[1:], **kwargs)
+        return super().run(name, func, args, kwargs)
+
+    @staticmethod
+    def _dims(args: tuple, rank: int) -> set[int]:
+        dims = args[1] if len(args) > 1 else None
+        return {d % rank for d in dims} if isinstance(dims, (list, tuple)) and dims else set(range(rank))
+
+    def _kept(self, label: Tensor) -> Tensor:
+        return torch.from_numpy(np.flatnonzero(self.keep[flat(label) + 1]))
+
+    def _layer_norm(self, func: Any, args: tuple, label: Tensor) -> Any:
+        source, shape = args[0], args[1]
+        if len(shape) > 1 or varied(label) != (source.dim() - 1,):
+            return func(*args)
+        kept = self._kept(label)
+        affine = [a if not isinstance(a, Tensor) else a[kept] for a in args[2:]]
+        small = func(source[..., kept], [len(kept)], *affine)
+        out = torch.zeros_like(source)
+        out[..., kept] = small[0]
+        return (out, *small[1:])
+
+    def _group_norm(self, func: Any, args: tuple, label: Tensor) -> Any:
+        source, weight, bias, batch, _, area, groups, eps = args
+        if varied(label) != (1,):
+            return func(*args)
+        kept = self._kept(label)
+        if groups == source.shape[1]:
+            return func(*args)
+        affine = [a if a is None else a[kept] for a in (weight, bias)]
+        small = func(source[:, kept].contiguous(), *affine, batch, len(kept), area, groups, eps)
+        out = torch.zeros_like(source)
+        out[:, kept] = small[0]
+        return (out, *small[1:])
+
+
+def forward(model: nn.Module, plan: Plan, keep: np.ndarray, example: Example) -> list[Tensor]:
+    """Outputs of the dense network with masks applied and norms over the kept channels.
+
+    Args:
+        model: The dense network; left as it was.
+        plan: Its plan.
+        keep: Bool per unit id.
+        example: Inputs of the same shapes as the plan's example.
+    """
+    present = keep.copy()
+    present[0] = True
+    of_variable = np.concatenate([[True], present[plan.variables]])
+    masked = copy.deepcopy(model)
+    named = dict(masked.named_parameters())
+    with torch.no_grad():
+        for name, mask in structured_masks(model, plan, keep).items():
+            if name in named:
+                named[name].mul_(mask)
+    tracer = KeptNorms(tracing.names_of(masked), plan.traces[0], of_variable)
+    return tracing.execute(masked, example, tracer, training=False)
+
+
+def difference(model: nn.Module, shrunk: Shrunk, example: Example) -> float:
+    """Largest absolute difference of the outputs of the shrunk and the masked network, relative to the
+    largest output.
+
+    Args:
+        model: The dense network, both in evaluation.
+        shrunk: From ``surgery.shrink``.
+        example: Inputs of the same shapes as the plan's example.
+    """
+    want = forward(model, shrunk.plan, shrunk.keep, example)
+
+    class Plain(Tracer):
+        real = True
+
+    got = tracing.execute(shrunk.model, example, Plain({}), training=False)
+    worst = 0.0
+    for a, b in zip(want, got, strict=True):
+        if a.is_floating_point() and a.numel():
+            scale = float(a.abs().max()) or 1.0
+            worst = max(worst, float((a - b).abs().max()) / scale)
+    return worst

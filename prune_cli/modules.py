@@ -1,0 +1,53 @@
+"""Walks over a module tree in one pass; ``named_modules`` and its relatives cost a generator per level and call."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def walk(model: nn.Module, *, again: bool = False) -> list[tuple[str, nn.Module]]:
+    """Dotted names and modules in the order of ``named_modules``.
+
+    Args:
+        model: The root, named "".
+        again: Whether a module that is reached twice is listed twice.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    pending: list[tuple[str, nn.Module]] = [("", model)]
+    while pending:
+        item = pending.pop()
+        module = item[1]
+        if not again:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+        found.append(item)
+        children: dict[str, nn.Module | None] = module.__dict__["_modules"]
+        if children:
+            prefix = f"{item[0]}." if item[0] else ""
+            pending += [(prefix + key, child) for key, child in reversed(children.items()) if child is not None]
+    return found
+
+
+def named_tensors(model: nn.Module, *, again: bool = True) -> dict[str, Tensor]:
+    """Parameters, then buffers, by dotted name.
+
+    Args:
+        model: The module.
+        again: Whether a tied tensor is listed under each of its names.
+    """
+    modules = walk(model, again=again)
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for kind in ("_parameters", "_buffers"):
+        for name, module in modules:
+            held = module.__dict__[kind]
+            if not held:
+                continue
+            for key, tensor in held.items():
+                if tensor is None or (not again and id(tensor) in seen):
+                    continue
+                seen.add(id(tensor))
+                found[f"{name}.{key}" if name else key] = tensor
+    return found

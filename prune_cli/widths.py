@@ -1,0 +1,277 @@
+"""Widths that live in Python: module attributes (``in_channels``, ``normalized_shape``, ``num_heads``) that
+must follow.
+
+Known layers take theirs from their new weights. In other modules an integer that equals an old size near by
+(the
+module's own parameters, else those of the layers inside it, else the heads that its views cut) gets the new
+size. A
+wrong guess is harmless: the check forward refuses it and the channels are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from prune_cli.labels import varied
+from prune_cli.modules import named_tensors, walk
+from prune_cli.trace import HEAD_COUNTS, Trace
+
+Edits = dict[str, dict[str, Any]]
+NO_NUMBERS = frozenset({bool, float, str, type(None), dict, OrderedDict, set})
+_LAYERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm, nn.Embedding, nn.PReLU)
+NOT_A_WIDTH = re.compile(
+    r"^_|kernel|stride|padding|dilation|groups$|eps|window|shift|depth|layers|patch|image|img|grid|resolution|class"
+    r"|seq_length|output_size|radix|expansion|block|drop|prob|level|scale|size_in|input_resolution|training|ratio"
+)
+PAD = re.compile(r"front|before|first|left|pad")  # an attribute that may say how many channels of zeros come first
+INNER = re.compile(r"attn_dim|dim_attn|attention_dim|inner|all_head|value_dim|key_dim|qk_dim|d_attn|proj_dim|dim_out_v")
+
+
+def edits(
+    dense: nn.Module,
+    small: nn.Module,
+    traces: tuple[Trace, ...],
+    units: np.ndarray,
+    keep: np.ndarray,
+    guesses: Mapping[str, int],
+) -> Edits:
+    """New values of attributes.
+
+    Args:
+        dense: The dense network.
+        small: The same network with the new parameters and the old attributes.
+        traces: Executions of the dense network.
+        units: Unit id per variable.
+        keep: Bool per unit id.
+        guesses: Module name -> how attributes of unknown meaning are set (trace.Strictness).
+
+    Returns:
+        Module name -> attribute -> new value; ints and lists of ints.
+    """
+    found: Edits = {}
+    modules = dict(walk(small))
+    sizes = _sizes(dense, small)
+    changed = frozenset(old for pairs in sizes.values() for old, new in pairs if old != new)
+    cuts = _cut_sizes(traces, units, keep)
+    pads = _pads(traces, units, keep)
+    shapes = _norm_shapes(traces, units, keep)
+    for name, module in walk(dense):
+        changes = _layer(module, modules[name])
+        if name in shapes and hasattr(module, "normalized_shape"):
+            changes["normalized_shape"] = shapes[name]
+        if not (changes and type(module).__module__.startswith("torch.nn.modules")):
+            others = _others(module, name, sizes, changed, cuts.get(name, ()), guesses.get(name, 0))
+            changes |= {k: v for k, v in others.items() if k not in changes}
+        if name in pads:
+            old, new = pads[name]
+            changes |= {k: new for k, v in vars(module).items() if PAD.search(k) and type(v) is int and v == old}
+        changes = {
+            key: value
+            for key, value in changes.items()
+            if hasattr(module, key) and _plain(getattr(module, key)) != value
+        }
+        if changes:
+            found[name] = changes
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def apply(model: nn.Module, found: Edits) -> None:
+    """Sets the attributes; sequences keep their type."""
+    modules = dict(walk(model)) if found else {}
+    for name, changes in found.items():
+        plain = modules[name].__dict__
+        for key, value in changes.items():
+            old = getattr(modules[name], key)
+            value = type(old)(value) if isinstance(old, (tuple, list)) else value
+            if key in plain:
+                plain[key] = value
+            else:  # a property
+                setattr(modules[name], key, value)
+
+
+def _layer(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
+    if not isinstance(dense, _LAYERS) and not hasattr(dense, "normalized_shape"):
+        return {}
+    weight = getattr(dense, "weight", None)
+    if not isinstance(weight, Tensor):
+        return {}
+    new: Tensor = small.weight  # type: ignore[assignment]
+    if isinstance(dense, _ConvNd):
+        groups = dense.groups
+        if isinstance(dense, _ConvTransposeNd):
+            if groups == weight.shape[0]:
+                groups = new.shape[0]
+            return {"in_channels": new.shape[0], "out_channels": new.shape[1] * groups, "groups": groups}
+        if groups > 1 and weight.shape[1] == 1:
+            groups = groups * new.shape[0] // weight.shape[0]
+        return {"in_channels": new.shape[1] * groups, "out_channels": new.shape[0], "groups": groups}
+    if isinstance(dense, nn.Linear):
+        return {"in_features": new.shape[1], "out_features": new.shape[0]}
+    if isinstance(dense, _NormBase):
+        return {"num_features": new.shape[0]}
+    if isinstance(dense, nn.GroupNorm):
+        return {"num_channels": new.shape[0], "num_groups": _groups(dense, new)}
+    if isinstance(dense, nn.Embedding):
+        return {"embedding_dim": new.shape[1]}
+    if isinstance(dense, nn.PReLU):
+        return {"num_parameters": new.shape[0]}
+    if hasattr(dense, "normalized_shape"):
+        return {"normalized_shape": list(new.shape)}
+    return {}
+
+
+def _groups(dense: nn.GroupNorm, new: Tensor) -> int:
+    return new.shape[0] if dense.num_groups == dense.num_channels else dense.num_groups
+
+
+Sizes = dict[str, list[tuple[int, int]]]
+
+
+def _sizes(dense: nn.Module, small: nn.Module) -> Sizes:
+    """Module name -> (old, new) size of every axis of its own parameters and buffers."""
+    found: Sizes = {}
+    named = named_tensors(dense, again=False).items()
+    for (name, old), new in zip(named, named_tensors(small, again=False).values(), strict=True):
+        found.setdefault(name.rpartition(".")[0], []).extend(zip(old.shape, new.shape, strict=True))
+    return found
+
+
+def _below(sizes: Sizes, name: str, values: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """Sizes in a module and those inside it, of the values that are asked for."""
+    wanted = {item for value in values for item in ((value,) if isinstance(value, int) else value)}
+    prefix = f"{name}." if name else ""
+    for other, pairs in sizes.items():
+        if other == name or other.startswith(prefix):
+            for pair in pairs:
+                if pair[0] in wanted:
+                    yield pair
+
+
+def _others(
+    dense: nn.Module, name: str, sizes: Sizes, changed: frozenset[int], cuts: Any, guess: int
+) -> dict[str, Any]:
+    if guess > 1:
+        return {}
+    numbers = {
+        key: value
+        for key, value in dense.__dict__.items()
+        if type(value) not in NO_NUMBERS and _is_width(value) and _names_a_width(key)
+    }
+    if not cuts and numbers:  # only what changed somewhere can change here
+        numbers = {
+            key: value
+            for key, value in numbers.items()
+            if not changed.isdisjoint((value,) if isinstance(value, int) else value)
+        }
+    if not numbers:
+        return {}
+    near: dict[int, int] | None = None
+    wide: dict[int, int] = {}
+    changes: dict[str, Any] = {}
+    for key, value in numbers.items():
+        if "head" in key or (INNER.search(key) and isinstance(value, int)):
+            found = _head(key, value, dict(cuts))
+            changes |= found
+            if found or "head" in key:
+                continue
+        if near is None:
+            near = _table(iter(sizes.get(name, [])), guess)
+        items = [value] if isinstance(value, int) else list(value)
+        if not wide and any(item not in near for item in items):
+            wide = _table(_below(sizes, name, numbers.values()), guess)
+        items = [near.get(item, wide.get(item, item)) for item in items]
+        changes[key] = items[0] if isinstance(value, int) else items
+    return changes
+
+
+def _head(key: str, value: Any, cuts: dict[tuple[str, int], int]) -> dict[str, Any]:
+    if INNER.search(key) and ("inner", value) in cuts:
+        return {key: cuts["inner", value]}
+    role = "heads" if key in HEAD_COUNTS or "num" in key else "dims"
+    return {key: cuts[role, value]} if isinstance(value, int) and (role, value) in cuts else {}
+
+
+@lru_cache(maxsize=4096)
+def _names_a_width(key: str) -> bool:
+    return not NOT_A_WIDTH.search(key)
+
+
+def _is_width(value: Any) -> bool:
+    sort = type(value)
+    if sort is int:
+        return bool(value > 1)
+    if sort is bool or not isinstance(value, (int, list, tuple)):
+        return False
+    if isinstance(value, int):
+        return value > 1
+    return bool(value) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+
+
+def _table(sizes: Iterator[tuple[int, int]], guess: int) -> dict[int, int]:
+    """Old size -> new size; where old sizes went different ways the most frequent, or the next one."""
+    votes: dict[int, dict[int, int]] = {}
+    for old, new in sizes:
+        tally = votes.setdefault(old, {})
+        tally[new] = tally.get(new, 0) + 1
+    ranked = {old: sorted(tally, key=lambda new: (-tally[new], new)) for old, tally in votes.items()}
+    return {old: news[min(guess, len(news) - 1)] for old, news in ranked.items()}
+
+
+def _pads(traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray) -> dict[str, tuple[int, int]]:
+    """Per module that pads channels: how many zeros it puts first, and how many of them stay."""
+    return {layer: (len(line), int(_keep(line, units, keep).sum())) for trace in traces for layer, line in trace.pads}
+
+
+def _cut_sizes(
+    traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray
+) -> dict[str, tuple[tuple[tuple[str, int], int], ...]]:
+    """Per attention module: (role, old size) -> new size of the head axes that its views cut."""
+    found: dict[str, dict[tuple[str, int], int]] = {}
+    for trace in traces:
+        for cut in trace.cuts:
+            axes = varied(cut.label)
+            kept = _keep(
+                cut.label.as_strided(
+                    [cut.label.shape[a] for a in axes],
+                    [cut.label.stride(a) for a in axes],
+                    cut.label.storage_offset(),
+                ),
+                units,
+                keep,
+            )
+            for i, axis in enumerate(axes):
+                new = int(kept.any(axis=tuple(j for j in range(len(axes)) if j != i)).sum())
+                role = "dims" if axis == len(cut.sizes) - 1 else "heads"
+                total = cut.sizes[-1] * cut.sizes[axis]
+                if role == "heads" and new != cut.sizes[axis] and len(axes) <= 2:
+                    found.setdefault(cut.layer, {})["inner", total] = new * cut.sizes[-1]
+                if new != cut.sizes[axis] or (role, cut.sizes[axis]) not in found.get(cut.layer, {}):
+                    found.setdefault(cut.layer, {})[role, cut.sizes[axis]] = new
+    return {layer: tuple(sizes.items()) for layer, sizes in found.items()}
+
+
+def _norm_shapes(traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for trace in traces:
+        for layer, shape, label in trace.widths:
+            if len(shape) == 1:
+                shapes[layer] = [int(_keep(label, units, keep).sum())]
+    return shapes
+
+
+def _keep(label: Tensor, units: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    ids = units[np.maximum(label.numpy(), 0)]
+    return keep[ids] | (ids == 0)
