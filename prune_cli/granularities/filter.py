@@ -1,0 +1,201 @@
+"""Whole filters: output channels with everything that depends on them, by the channel plan of the network."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prune_cli import surgery
+from prune_cli.channels import analyse
+from prune_cli.criteria.criterion import Criterion
+from prune_cli.errors import ConfigError
+from prune_cli.granularities.allot import Group, Structure, Vote
+from prune_cli.granularities.granularity import Context
+from prune_cli.granularities.targets import layers
+from prune_cli.masks import Masks
+from prune_cli.plan import Family, Plan
+
+Reduce = Literal["sum", "mean", "max", "first", "product"]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Coupled output channels are one unit; a group is a family: all channels that must shrink together.
+
+    Masks zero the producers' rows, biases and norm parameters and the consumers' columns, so the masked network
+    computes what the shrunk one will.
+
+    Attributes:
+        reduce: how the scores of a unit's layers become one, where they do not vote: sum, mean, max or product over
+            the layers, or that of the first layer in the order of the parameters.
+    """
+
+    budgets: ClassVar[tuple[str, ...]] = ("macs", "params", "latency_ms")
+
+    reduce: Reduce = "sum"
+
+    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
+        """Filters take scores of both levels, but only plain ratios."""
+        for name, ratio in ratios.items():
+            if isinstance(ratio, str):
+                raise ConfigError(f"{name}: {ratio!r} is an N:M pattern; granularity=filter takes a ratio in [0, 1)")
+
+    def groups(self, context: Context) -> list[Group]:
+        """One group per family whose layers were all asked for.
+
+        Layers that share one score get the smallest of their ratios; layers that vote keep their own.
+        """
+        plan = analyse(context.model, context.example_inputs)
+        return [self._group(context, plan, family) for family in plan.families if _state(context, family) == "shrinks"]
+
+    def explain(self, context: Context, named: frozenset[str]) -> list[str]:
+        """Says which coupled layers stay whole or share a ratio, and which layers asked by name cannot shrink."""
+        plan = analyse(context.model, context.example_inputs)
+        lines, served = [], set()
+        for family in plan.families:
+            names = _members(context, family)
+            asked = [name for name in names if context.ratios.get(name)]
+            state = _state(context, family)
+            if state == "shrinks":
+                served.update(names)
+            elif state == "incomplete" and asked:
+                others = [name for name in names if name not in context.ratios]
+                lines.append(
+                    f"{_list(asked)}: stay whole, as they shrink only together with {_list(others)}, not asked for"
+                )
+                served.update(asked)
+            ratios = sorted({float(context.ratios[name]) for name in names if name in context.ratios})
+            if state == "shrinks" and len(ratios) > 1 and context.dependency == "group":
+                lines.append(f"{_list(names)}: coupled, the smallest of their ratios holds for all: {ratios[0]}")
+        left = [name for name in context.ratios if name in named and name not in served and context.ratios[name]]
+        if left:
+            why = " or are coupled (dependency=inner_only)" if context.dependency == "inner_only" else ""
+            lines.append(f"{_list(left)}: asked for by name, but their outputs cannot shrink{why}; they stay whole")
+        return lines
+
+    def _group(self, context: Context, plan: Plan, family: Family) -> Group:
+        names = _members(context, family)
+        dead = ~_alive(context, plan, family)
+        scores = _reduced([_pooled(context, plan, place) for place in _places(context, family)], family, self.reduce)
+        scores = scores.masked_fill(dead[torch.from_numpy(family.units)], float("-inf"))
+        return Group(
+            family.name,
+            scores,
+            min(float(context.ratios[name]) for name in names),
+            functools.partial(_masks, context.model, plan, family),
+            layers=tuple(name.removesuffix(".weight") for name in names),
+            votes=_votes(context, plan, family, dead) if context.dependency == "union_keep" else (),
+            structure=Structure(plan, family.units),
+        )
+
+    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
+        """The network without the channels of which the masks leave nothing."""
+        plan = analyse(model, example_inputs)
+        return surgery.shrink(model, plan, kept_units(model, plan, masks))
+
+
+def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:
+    """Which units have anything left, in any of their parameters: one bool per unit id."""
+    keep = np.zeros(plan.size, dtype=bool)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, axes in plan.axes.items():
+        if name not in parameters:
+            continue
+        alive = masks.get(name)
+        for axis, ids in axes.items():
+            if alive is None:
+                keep[ids] = True
+                continue
+            full = alive.expand(parameters[name].shape).movedim(axis, 0)
+            lines = full.reshape(full.shape[0], -1).any(1)
+            keep[ids[lines.cpu().numpy()]] = True
+    keep[0] = True
+    return keep
+
+
+def _places(context: Context, family: Family) -> list[tuple[str, int]]:
+    """The family's producers that can be asked for; others (embeddings, bare parameters) follow them."""
+    known = {f"{name}.weight" for name in layers(context.model)}
+    return [(name, axis) for name, axis in family.producers if name in known]
+
+
+def _members(context: Context, family: Family) -> list[str]:
+    return list(dict.fromkeys(name for name, _ in _places(context, family)))
+
+
+def _state(context: Context, family: Family) -> Literal["shrinks", "incomplete", "fixed"]:
+    names = _members(context, family)
+    if not names or (context.dependency == "inner_only" and len({name for name, _ in family.producers}) > 1):
+        return "fixed"
+    return "shrinks" if all(name in context.ratios for name in names) else "incomplete"
+
+
+def _list(names: Sequence[str]) -> str:
+    short = [name.removesuffix(".weight") for name in names]
+    return ", ".join(short[:6]) + (f" and {len(short) - 6} more" if len(short) > 6 else "")
+
+
+def _channels(context: Context, name: str, axis: int) -> Tensor:
+    """Scores per position of an axis: element scores summed over everything else; channel scores as they are."""
+    scores = context.scores[name]
+    flat = scores if scores.dim() == 1 else scores.movedim(axis, 0).flatten(1).sum(1)
+    if len(flat) != context.model.get_parameter(name).shape[axis]:
+        raise ConfigError(f"criterion: {len(flat)} channel scores of {name} for axis {axis} of its weight")
+    return flat.double().cpu()
+
+
+def _pooled(context: Context, plan: Plan, place: tuple[str, int]) -> Tensor:
+    """Scores by unit id: the sum over the unit's positions in one layer."""
+    name, axis = place
+    ids = torch.from_numpy(plan.axes[name][axis])
+    return torch.zeros(plan.size, dtype=torch.double).index_add_(0, ids, _channels(context, name, axis))
+
+
+def _reduced(members: Sequence[Tensor], family: Family, how: Reduce) -> Tensor:
+    """(units,) scores of a family from those of its layers."""
+    stacked = torch.stack([scores[torch.from_numpy(family.units)] for scores in members])
+    if how == "first":
+        return stacked[0]
+    if how == "max":
+        return stacked.amax(0)
+    if how == "product":
+        return stacked.prod(0)
+    return stacked.sum(0) if how == "sum" else stacked.mean(0)
+
+
+def _votes(context: Context, plan: Plan, family: Family, dead: Tensor) -> tuple[Vote, ...]:
+    index = np.full(plan.size, -1)
+    index[family.units] = np.arange(len(family.units))
+    votes = []
+    for name, axis in _places(context, family):
+        ids = plan.axes[name][axis]
+        here = torch.from_numpy(np.flatnonzero(index[ids] >= 0))
+        scores = _channels(context, name, axis)[here].masked_fill(dead[torch.from_numpy(ids)][here], float("-inf"))
+        units = torch.from_numpy(index[ids])[here]
+        votes.append(Vote(name.removesuffix(".weight"), units, scores, float(context.ratios[name])))
+    return tuple(votes)
+
+
+def _alive(context: Context, plan: Plan, family: Family) -> Tensor:
+    """Which units are not masked away already, by unit id: those with a producer row that has something left."""
+    masked = [(name, axis) for name, axis in family.producers if name in context.masked]
+    if not masked:
+        return torch.ones(plan.size, dtype=torch.bool)
+    alive = torch.zeros(plan.size, dtype=torch.bool)
+    for name, axis in masked:
+        weight = context.model.get_parameter(name)
+        rows = context.masked[name].to(weight.device).expand(weight.shape).movedim(axis, 0).flatten(1).any(1).cpu()
+        alive[torch.from_numpy(plan.axes[name][axis])[rows]] = True
+    return alive
+
+
+def _masks(model: nn.Module, plan: Plan, family: Family, keep: Tensor) -> dict[str, Tensor]:
+    chosen: np.ndarray = plan.everything()
+    chosen[family.units] = keep.cpu().numpy()
+    return surgery.structured_masks(model, plan, chosen)

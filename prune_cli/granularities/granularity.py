@@ -1,0 +1,377 @@
+"""The typed keys that all granularities share, and the groups of units they choose from.
+
+A granularity option names its `units`: an object with `groups(context)` that says which weights live or die together.
+How many go is decided here, from ratios, scope and floors; which go, by the scores.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prune_cli import surgery
+from prune_cli.criteria import sites
+from prune_cli.criteria.criterion import Criterion, LayerView, Norm
+from prune_cli.errors import ConfigError, nearest
+from prune_cli.granularities import budget as budgets
+from prune_cli.granularities import targets
+from prune_cli.granularities.allot import Dependency, Group, Limits, Normalize, Ranking, Scope, even, rank
+from prune_cli.granularities.allot import normalized as normalized
+from prune_cli.granularities.budget import Budget
+from prune_cli.granularities.targets import Ratio, Rule
+from prune_cli.masks import Masks
+from prune_cli.shrinking import Shrinks
+
+log = logging.getLogger(__name__)
+
+Part = Annotated[float, Field(gt=0, le=1)]
+"""Fraction in (0, 1]."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a granularity needs to form its groups.
+
+    Attributes:
+        model: the network.
+        example_inputs: one image, for granularities that analyse shapes.
+        scores: parameter name -> element scores shaped like the weight, or (out_channels,) channel scores.
+        ratios: parameter name -> ratio asked, or an `mXnY` pattern.
+        masked: masks that hold already and stay (their units rank lowest), or empty.
+        dependency: how coupled layers decide together, for granularities whose units are coupled.
+    """
+
+    model: nn.Module
+    example_inputs: Tensor
+    scores: Mapping[str, Tensor]
+    ratios: Mapping[str, float | str]
+    masked: Masks
+    dependency: Dependency = "group"
+
+
+class Units(Protocol):
+    """One granularity: which weights live or die together."""
+
+    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
+        """Refuses combinations that make no sense, with a ConfigError, before anything is trained."""
+
+    def groups(self, context: Context) -> list[Group]:
+        """The groups of units with their scores."""
+
+
+@runtime_checkable
+class Coupled(Protocol):
+    """Units that span several layers, so that a request for one layer concerns others."""
+
+    def explain(self, context: Context, named: frozenset[str]) -> list[str]:
+        """What the network's structure changes about the request, one line each; `named`: weights asked by name."""
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """A granularity option: the units and how many of them go.
+
+    Attributes:
+        units: which weights live or die together.
+        ratio: fraction of the units to remove, in [0, 1).
+        rules: layers and their ratios; see `targets.Rule`. Empty: `ratio` for every layer.
+        ratio_file: YAML of ratios by parameter name, instead of rules.
+        scope: rank units inside each layer, or over the whole network.
+        normalize: what scores are divided by before ranking over the whole network.
+        min_keep: fraction of a layer's units that always stays, rounded down; at least one unit does.
+        max_ratio: largest fraction that may be removed from one layer, or a mapping from layer name to it.
+        round_to: the units kept are rounded up to a multiple of this, at most to all that there are.
+        budget: what may remain, instead of `ratio`.
+        dependency: how coupled layers decide together, where units are coupled: group = they share one score;
+            union_keep = a unit goes only when every layer votes so; inner_only = coupled layers stay whole,
+            and with scope=global a ratio removes no more once a layer would be emptied (a budget goes on elsewhere).
+        shrink: take masked units out of the network when the schedule is done, where the units can be taken out.
+    """
+
+    units: Units
+    ratio: Ratio = 0.5
+    rules: tuple[Rule, ...] = ()
+    ratio_file: Path | None = None
+    scope: Scope = "layer"
+    normalize: Normalize = "none"
+    min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    max_ratio: Part | dict[str, Part] = 1.0
+    round_to: Annotated[int, Field(ge=1)] = 1
+    budget: Budget | None = None
+    dependency: Dependency = "group"
+    shrink: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        """What bounds the number of units that go from one layer."""
+        return Limits(self.min_keep, self.max_ratio, self.round_to)
+
+    def ratios(self, model: nn.Module) -> dict[str, float | str]:
+        """The ratio asked of each weight, by parameter name."""
+        return targets.ratios(model, self.ratio, self.rules, self.ratio_file)
+
+    def named(self, model: nn.Module) -> frozenset[str]:
+        """The weights that rules or a file ask for by name, not only by type."""
+        rules = [rule for rule in self.rules if rule.exclude or rule.names is not None or rule.names_re is not None]
+        if not self.ratio_file and not any(not rule.exclude for rule in rules):
+            return frozenset()
+        return frozenset(targets.ratios(model, self.ratio, rules, self.ratio_file)) & frozenset(self.ratios(model))
+
+    def check(self, model: nn.Module, criterion: Criterion, example_inputs: Tensor | None = None) -> None:
+        """Refuses what makes no sense for this network and criterion.
+
+        Args:
+            example_inputs: one image; with it the network's structure is looked at too: what it changes about the
+                request is logged, and a budget that no selection can meet is refused.
+
+        Raises:
+            ConfigError: says why and what would be legal.
+        """
+        asked = self.ratios(model)
+        if self.scope == "global" and len(set(asked.values())) > 1:
+            raise ConfigError(
+                "granularity.scope=global ranks all layers together: rules may exclude, but not set ratios"
+            )
+        if self.scope == "layer" and self.normalize != "none":
+            raise ConfigError(f"granularity.normalize={self.normalize} compares layers; it needs scope=global")
+        if isinstance(self.max_ratio, dict):
+            found = targets.layers(model)
+            for name in self.max_ratio:
+                if name not in found:
+                    raise ConfigError(f"granularity.max_ratio: no layer {name!r}{nearest(name, found)}")
+        if self.dependency != "group" and not isinstance(self.units, Coupled):
+            raise ConfigError(
+                f"granularity.dependency={self.dependency} is about channels that shrink together; "
+                "it needs granularity=filter"
+            )
+        if self.budget:
+            budgets.check_legal(self.budget, self.units, self.ratio_file is not None or any(
+                rule.ratio is not None for rule in self.rules))  # fmt: skip
+        if self.shrink and not isinstance(self.units, Shrinks):
+            raise ConfigError(
+                "granularity.shrink=true, but units of this granularity can only be masked; choose granularity=filter "
+                "or shrink=false"
+            )
+        self.units.check(model, asked, criterion)
+        if example_inputs is None or not (self.budget or isinstance(self.units, Coupled)):
+            return
+        blank = {name: torch.zeros(()).expand(model.get_parameter(name).shape) for name in asked}
+        context = Context(model, example_inputs, blank, asked, {}, self.dependency)
+        if isinstance(self.units, Coupled):
+            for line in self.units.explain(context, self.named(model)):
+                log.warning("%s", line)
+        if self.budget:
+            budgets.check_reachable(self.budget, self.units.groups(context), self.limits, model, example_inputs)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Chosen masks and how much they remove.
+
+    Attributes:
+        masks: parameter name -> True = keep.
+        units: all units that could go.
+        removed: those that do.
+        requested: fraction of the units asked for; None where a budget decides.
+        channels: output channels of the network that could go if every layer were asked for; 0 for other units.
+        channels_removed: those that do.
+    """
+
+    masks: dict[str, Tensor]
+    units: int
+    removed: int
+    requested: float | None
+    channels: int = 0
+    channels_removed: int = 0
+
+
+def select(
+    granularity: Granularity,
+    criterion: Criterion,
+    model: nn.Module,
+    example_inputs: Tensor,
+    *,
+    share: float = 1.0,
+    masked: Masks | None = None,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    seed: int = 0,
+) -> Selection:
+    """Scores every unit and masks exactly the lowest k of n, ties by index.
+
+    Args:
+        share: part of the ratio to apply, in [0, 1].
+        masked: masks whose units stay removed, or None to choose afresh.
+        statistics: parameter name -> what the criterion's needs collected.
+        seed: for criteria that draw numbers; each layer has its own generator.
+    """
+    asked = granularity.ratios(model)
+    norms = sites.norms(model, example_inputs) if "norm" in criterion.needs else {}
+    kept: Mapping[str, int] = {}
+    if "n_keep" in criterion.needs:
+        kept = rows_kept(granularity, model, example_inputs, asked, Fraction(str(share)), masked or {})
+    scores = {
+        name: score_of(
+            model,
+            name,
+            criterion,
+            (statistics or {}).get(name, {}),
+            seed + index,
+            norm=norms.get(name),
+            n_keep=kept.get(name),
+        )
+        for index, name in enumerate(asked)
+    }
+    context = Context(model, example_inputs, scores, asked, masked or {}, granularity.dependency)
+    groups = granularity.units.groups(context)
+    keeps = keep_units(groups, granularity, Fraction(str(share)), model, example_inputs)
+    units = sum(keep.numel() for keep in keeps)
+    requested = None
+    if granularity.budget is None:
+        requested = sum(group.ratio * group.scores.numel() for group in groups) / max(units, 1)
+    gone = units - sum(int(keep.sum()) for keep in keeps)
+    return Selection(combined(model, groups, keeps), units, gone, requested, *_channels(groups, keeps))
+
+
+def _channels(groups: Sequence[Group], keeps: Sequence[Tensor]) -> tuple[int, int]:
+    """Output channels that depend on a channel plan, and those that go."""
+    if not groups or groups[0].structure is None:
+        return 0, 0
+    keep = budgets.kept_units(groups, keeps)
+    plan = groups[0].structure.plan
+    producing = {place for family in plan.families for place in family.producers}
+    ids = [plan.axes[name][axis] for name, axis in sorted(producing)]
+    return sum(map(len, ids)), sum(int((~keep[axis[axis > 0]]).sum()) for axis in ids)
+
+
+def combined(model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The masks of all groups by parameter name: an entry stays if every group that has a say in it keeps it."""
+    if groups and groups[0].structure:
+        return surgery.structured_masks(model, groups[0].structure.plan, budgets.kept_units(groups, keeps))
+    masks: dict[str, Tensor] = {}
+    for group, keep in zip(groups, keeps, strict=True):
+        for name, mask in group.mask(keep).items():
+            masks[name] = masks[name] & mask if name in masks else mask
+    return masks
+
+
+def rows_kept(
+    granularity: Granularity,
+    model: nn.Module,
+    example_inputs: Tensor,
+    asked: Mapping[str, float | str],
+    share: Fraction,
+    masked: Masks,
+) -> dict[str, int]:
+    """How many output channels each weight will keep, by name: the counts do not depend on scores inside a layer.
+
+    A choice by equal scores is made and its masks are counted, so that coupled layers get their family's number.
+    """
+    blank = {name: torch.zeros(model.get_parameter(name).shape[sites.output_axis(model, name)]) for name in asked}
+    groups = granularity.units.groups(Context(model, example_inputs, blank, asked, masked, granularity.dependency))
+    kept = {name: scores.numel() for name, scores in blank.items()}
+    keeps = keep_units(groups, granularity, share, model, example_inputs)
+    for name, mask in combined(model, groups, keeps).items():
+        axis = sites.output_axis(model, name) if name in kept else 0
+        if name in kept and mask.shape[axis] == kept[name]:  # masks of input channels alone have one row for all
+            kept[name] = int(mask.movedim(axis, 0).flatten(1).any(1).sum())
+    return kept
+
+
+def score_of(
+    model: nn.Module,
+    name: str,
+    criterion: Criterion,
+    statistics: Mapping[str, Tensor],
+    seed: int,
+    *,
+    norm: Norm | None = None,
+    n_keep: int | None = None,
+) -> Tensor:
+    """The scores of one weight, checked for shape and for numbers that cannot be ranked.
+
+    Raises:
+        ConfigError: something that the criterion needs was not measured, or the scores cannot be ranked.
+    """
+    for need in criterion.needs:
+        if need not in ("norm", "n_keep") and need not in statistics:
+            raise ConfigError(f"criterion: needs the statistic {need!r} of {name}, which was not measured")
+    module = model.get_submodule(name.rpartition(".")[0])
+    weight = module.get_parameter("weight").detach()
+    bias = getattr(module, "bias", None)
+    axis = sites.output_axis(model, name)
+    view = LayerView(
+        name,
+        weight,
+        None if bias is None else bias.detach(),
+        torch.Generator().manual_seed(seed),
+        statistics,
+        n_keep,
+        norm,
+        axis,
+    )
+    score = criterion.score(view).float()
+    expected = weight.shape if criterion.level == "element" else weight.shape[axis : axis + 1]
+    if score.shape != expected:
+        raise ConfigError(
+            f"criterion: scores of {name} have shape {tuple(score.shape)}; level {criterion.level} needs "
+            f"{tuple(expected)}"
+        )
+    if score.isnan().any():
+        raise ConfigError(f"criterion: scores of {name} contain nan")
+    return score
+
+
+def keep_units(
+    groups: list[Group],
+    granularity: Granularity,
+    share: Fraction,
+    model: nn.Module | None = None,
+    example_inputs: Tensor | None = None,
+) -> list[Tensor]:
+    """One bool vector per group, True = keep; names in the log the layers where a floor or cap acted.
+
+    Args:
+        share: part of the request to apply, in [0, 1]; of a budget, the part of the way from the whole network.
+        model: needed for budgets.
+        example_inputs: the same.
+    """
+    scope, normalize, limits = granularity.scope, granularity.normalize, granularity.limits
+    if granularity.budget:
+        assert model is not None and example_inputs is not None
+        if not groups:
+            budgets.check_reachable(granularity.budget, groups, limits, model, example_inputs)
+            return []
+        ranking = rank(even(groups), scope, normalize, limits)
+        return ranking.keep(budgets.fit(granularity.budget, ranking, share, model, example_inputs))
+    if scope == "global" and any(group.choose for group in groups):
+        raise ConfigError("granularity.scope=global: these units choose inside each layer; choose scope=layer")
+    ranked = [group for group in groups if not group.choose]  # sorting the others would be the dearest part
+    ranking = rank(ranked, scope, normalize, limits, never_empty=granularity.dependency == "inner_only")
+    counts = ranking.counts(share)
+    _report(ranking, share, counts)
+    keeps = iter(ranking.keep(counts))
+    return [group.choose(share) if group.choose else next(keeps) for group in groups]
+
+
+def _report(ranking: Ranking, share: Fraction, counts: Sequence[int]) -> None:
+    """Logs where floors, caps and rounding changed what was asked."""
+    sizes = [group.scores.numel() for group in ranking.groups]
+    bound, rounded = ranking.bound(share), ranking.limits.round_to > 1
+    if not (bound or rounded) or not share:
+        return
+    realised = {group.name: count / size for group, count, size in zip(ranking.groups, counts, sizes, strict=True)}
+    where = ", ".join(f"{name} at {realised[name]:.3f}" for name in bound) or "no layer"
+    asked = sum(float(group.ratio * share) * size for group, size in zip(ranking.groups, sizes, strict=True))
+    log.info(
+        "min_keep and max_ratio acted on %s%s; removed %.4f of the units, asked %.4f",
+        where, f", widths are multiples of {ranking.limits.round_to}" if rounded else "",
+        sum(counts) / max(sum(sizes), 1), asked / max(sum(sizes), 1),
+    )  # fmt: skip

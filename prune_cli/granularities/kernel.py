@@ -1,0 +1,56 @@
+"""Kernels: the connection of one input channel to one output channel, W[n, c] (connectivity in arXiv:2001.00138)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from prune_cli.criteria.criterion import Criterion
+from prune_cli.granularities import storage
+from prune_cli.granularities.allot import Group
+from prune_cli.granularities.granularity import Context
+from prune_cli.granularities.spatial import check_scores, fitting, many_positions
+from prune_cli.granularities.storage import Storage
+
+NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 kernel is a single weight)"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Every two-dimensional kernel is a unit; the kernels of a layer compete.
+
+    A kernel's score is the sum over its positions: with criterion=l2 its squared L2 norm, which ranks as PatDNN's
+    connectivity pruning does. Linear and 1x1 layers stay dense, or are refused where they were chosen by name.
+    """
+
+    budgets: ClassVar[tuple[str, ...]] = ("macs", "params")
+
+    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
+        """Kernels need scores per element and kernels larger than 1x1."""
+        check_scores("kernel", ratios, criterion)
+        fitting(model, ratios, many_positions, "kernel", NEEDS)
+
+    def groups(self, context: Context) -> list[Group]:
+        """One group per convolution."""
+        asked = fitting(context.model, context.ratios, many_positions, "kernel", NEEDS)
+        return [_group(context, name, ratio) for name, ratio in asked.items()]
+
+    def storage(self, mask: Tensor, shape: Sequence[int], asked: float | str, bits: int = 32) -> Storage:
+        """Bytes of one weight: the kept kernels' values and one bit per kernel; linear layers as single weights."""
+        return storage.kernel(mask, shape, bits) if len(shape) > 2 else storage.element(mask, shape, bits)
+
+
+def _group(context: Context, name: str, ratio: float) -> Group:
+    scores = context.scores[name]
+    pooled = scores.flatten(2).sum(2)
+    if name in context.masked:
+        alive = context.masked[name].to(scores.device).expand(scores.shape).flatten(2).any(2)
+        pooled = pooled.masked_fill(~alive, float("-inf"))
+
+    def mask(keep: Tensor) -> dict[str, Tensor]:
+        return {name: keep.view(*pooled.shape, *[1] * (scores.dim() - 2))}
+
+    return Group(name, pooled.flatten(), ratio, mask)

@@ -1,0 +1,255 @@
+"""Kernel patterns: every 3x3 kernel keeps its entries inside one pattern of a small library (PatDNN, arXiv:2001.00138)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prune_cli.channels import removed
+from prune_cli.criteria.criterion import Criterion
+from prune_cli.errors import ConfigError
+from prune_cli.granularities import storage
+from prune_cli.granularities.allot import Group
+from prune_cli.granularities.granularity import Context
+from prune_cli.granularities.spatial import check_scores, fitting
+from prune_cli.granularities.storage import Storage
+from prune_cli.granularities.targets import Ratio
+
+log = logging.getLogger(__name__)
+
+NEEDS = "a convolution with 3x3 kernels"
+CENTRE, POSITIONS = 4, 9
+# The library of DNN-Model-Prune: diagonal cross, plus, left and right bracket; row-major positions.
+FIXED5 = ((0, 2, 4, 6, 8), (1, 3, 4, 5, 7), (0, 1, 4, 6, 7), (1, 2, 4, 5, 8))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Every 3x3 kernel keeps `entries` weights, the centre among them, in one of the library's patterns; some go whole.
+
+    The ratio is that of all weights: patterns alone remove 1 - entries / 9, and whole kernels the rest, so the ratio of
+    kernels is q = (ratio - (1 - entries / 9)) / (entries / 9). Below what patterns alone remove a ratio is refused;
+    only `pattern_set=fixed5` then realises 4/9, with a warning, as DNN-Model-Prune does. Kernels are ranked by what
+    their pattern keeps, under `fixed5` by the whole kernel. Pooled scores are sums: criterion=l2 makes the choice the
+    Euclidean projection. Layers without 3x3 kernels stay dense, or are refused where they were chosen by name.
+
+    Attributes:
+        pattern_set: `frequency` takes the most frequent natural patterns of the network, `fixed5` the four patterns
+            of five entries of DNN-Model-Prune.
+        entries: weights per pattern; 5 under `fixed5`, whatever is given.
+        library: number of patterns under `frequency`, 4 to 12 in the paper.
+        connectivity_ratio: fraction of kernels to remove, instead of the ratio of all weights; null = by the ratio.
+    """
+
+    pattern_set: Literal["frequency", "fixed5"] = "frequency"
+    entries: Annotated[int, Field(ge=2, le=8)] = 4
+    library: Annotated[int, Field(ge=1, le=12)] = 8
+    connectivity_ratio: Ratio | None = None
+
+    @property
+    def kept(self) -> Fraction:
+        """Fraction of a kernel that its pattern keeps."""
+        return Fraction(5 if self.pattern_set == "fixed5" else self.entries, POSITIONS)
+
+    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
+        """Patterns need scores per element, 3x3 kernels, and a ratio that patterns alone do not exceed."""
+        check_scores("pattern", ratios, criterion)
+        for name, ratio in fitting(model, ratios, is_3x3, "pattern", NEEDS).items():
+            if ratio > 0 and self.goal(ratio) > Fraction(str(ratio)) and self.connectivity_ratio is None:
+                log.warning(
+                    "%s: ratio %g is less than the %.4f that patterns alone remove; that is what it will be",
+                    name, ratio, float(1 - self.kept),
+                )  # fmt: skip
+
+    def goal(self, ratio: float) -> Fraction:
+        """The fraction of a layer's weights that will be removed.
+
+        Raises:
+            ConfigError: the ratio is less than what patterns alone remove.
+        """
+        alone = 1 - self.kept
+        if self.connectivity_ratio is not None:
+            return alone + Fraction(str(self.connectivity_ratio)) * self.kept
+        asked = Fraction(str(ratio))
+        if asked >= alone:
+            return asked
+        if self.pattern_set == "fixed5":
+            return alone
+        raise ConfigError(
+            f"granularity=pattern: ratio {ratio:g} is less than the {float(alone):.4f} that patterns of "
+            f"{self.entries} entries remove; choose a larger ratio, or more granularity.units.entries"
+        )
+
+    def groups(self, context: Context) -> list[Group]:
+        """One group of single weights per convolution with 3x3 kernels, all with the same library."""
+        asked = fitting(context.model, context.ratios, is_3x3, "pattern", NEEDS)
+        scores = {name: _known(context, name) for name, ratio in asked.items() if ratio > 0}
+        patterns = self.patterns(scores.values())
+        return [self._group(context, name, values, asked[name], patterns) for name, values in scores.items()]
+
+    def patterns(self, scores: Iterable[Tensor]) -> Tensor:
+        """The library, (patterns, 9) bool.
+
+        Args:
+            scores: (out, in, 3, 3) element scores of all layers; removed entries are -inf.
+        """
+        if self.pattern_set == "fixed5":
+            return _table(FIXED5)
+        return most_frequent(scores, self.entries, self.library)
+
+    def _group(self, context: Context, name: str, scores: Tensor, ratio: float, patterns: Tensor) -> Group:
+        goal = self.goal(ratio)
+        held = context.masked.get(name)
+
+        def mask(keep: Tensor) -> dict[str, Tensor]:
+            return {name: keep.view(scores.shape)}
+
+        def choose(share: Fraction) -> Tensor:
+            keep = pattern_mask(scores, patterns, goal * share, whole=self.pattern_set == "fixed5")
+            if held is not None:
+                keep &= held.to(keep.device)
+            return keep.flatten()
+
+        return Group(name, scores.flatten(), float(goal), mask, choose)
+
+    def storage(self, mask: Tensor, shape: Sequence[int], asked: float | str, bits: int = 32) -> Storage:
+        """Bytes of one weight; layers without 3x3 kernels as single weights."""
+        if tuple(shape[2:]) != (3, 3):
+            return storage.element(mask, shape, bits)
+        entries = int(self.kept * POSITIONS)
+        count = len(FIXED5) if self.pattern_set == "fixed5" else self.library
+        return storage.pattern(mask, shape, entries, count, bits)
+
+
+def is_3x3(module: nn.Module) -> bool:
+    """Whether a layer is a two-dimensional convolution with 3x3 kernels."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+
+
+def _known(context: Context, name: str) -> Tensor:
+    scores = context.scores[name]
+    if name not in context.masked:
+        return scores
+    return scores.masked_fill(~context.masked[name].to(scores.device).expand(scores.shape), float("-inf"))
+
+
+def _table(patterns: Iterable[tuple[int, ...]]) -> Tensor:
+    rows = list(patterns)
+    table = torch.zeros(len(rows), POSITIONS, dtype=torch.bool)
+    for row, positions in enumerate(rows):
+        table[row, list(positions)] = True
+    return table
+
+
+@functools.cache
+def candidates(entries: int) -> tuple[tuple[int, ...], ...]:
+    """All patterns with the centre and `entries` - 1 of the other 8 positions: 56 of four entries."""
+    others = [position for position in range(POSITIONS) if position != CENTRE]
+    return tuple(tuple(sorted((CENTRE, *chosen))) for chosen in itertools.combinations(others, entries - 1))
+
+
+def natural_patterns(scores: Tensor, entries: int) -> Tensor:
+    """The number of each kernel's natural pattern among `candidates`: the centre and its highest other entries.
+
+    Args:
+        scores: (kernels, 9), of equal scores the later stay; -inf ranks lowest.
+    """
+    others = torch.tensor([position for position in range(POSITIONS) if position != CENTRE], device=scores.device)
+    rank = torch.zeros(len(scores), POSITIONS - 1, dtype=torch.int8, device=scores.device)
+    columns = scores[:, others].unbind(1)
+    for i in range(POSITIONS - 1):
+        for j in range(i):
+            below = columns[j] <= columns[i]
+            rank[:, i] += below
+            rank[:, j] += ~below
+    chosen = rank >= POSITIONS - entries
+    codes = (chosen.long() << torch.arange(POSITIONS - 1, device=scores.device)).sum(1)
+    numbers = torch.zeros(1 << (POSITIONS - 1), dtype=torch.long)
+    others_list = others.tolist()
+    for number, positions in enumerate(candidates(entries)):
+        numbers[sum(1 << others_list.index(p) for p in positions if p != CENTRE)] = number
+    return numbers.to(scores.device)[codes]
+
+
+def most_frequent(scores: Iterable[Tensor], entries: int, count: int) -> Tensor:
+    """The `count` most frequent natural patterns over all kernels that have anything left; ties by candidate number.
+
+    Args:
+        scores: (out, in, 3, 3) element scores per layer.
+
+    Returns:
+        (count, 9) bool.
+    """
+    histogram = torch.zeros(len(candidates(entries)), dtype=torch.long)
+    for layer in scores:
+        kernels = layer.flatten(2).flatten(0, 1)
+        alive = kernels.isfinite().any(1)
+        natural = natural_patterns(kernels, entries)[alive]
+        histogram += torch.bincount(natural, minlength=len(histogram)).cpu()
+    order = torch.sort(histogram, descending=True, stable=True).indices[:count]
+    return _table(candidates(entries)[int(number)] for number in order)
+
+
+def assign(scores: Tensor, patterns: Tensor) -> Tensor:
+    """The pattern that keeps most of each kernel: argmax_k sum(w * P_k) (section 4.2), ties by number.
+
+    Args:
+        scores: (kernels, 9), finite.
+        patterns: (P, 9) bool.
+
+    Returns:
+        Pattern numbers, (kernels,).
+    """
+    best = torch.full((len(scores),), float("-inf"), dtype=scores.dtype, device=scores.device)
+    number = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+    columns = scores.unbind(1)
+    for index, pattern in enumerate(patterns.tolist()):
+        value = torch.stack([column for column, inside in zip(columns, pattern, strict=True) if inside]).sum(0)
+        better = value > best
+        best = torch.where(better, value, best)
+        number[better] = index
+    return number
+
+
+def pattern_mask(scores: Tensor, patterns: Tensor, goal: Fraction, *, whole: bool = False) -> Tensor:
+    """Masks entries outside each kernel's best pattern, then the lowest kernels.
+
+    Up to what patterns alone remove, exactly floor(goal * n) of the entries outside patterns go, lowest first; beyond,
+    exactly floor(q * kernels) kernels go.
+
+    Args:
+        scores: (out, in, 3, 3), higher = keep; -inf for what is gone already.
+        patterns: (P, 9) bool, each with the same number of entries.
+        goal: fraction of all entries to remove.
+        whole: rank kernels by all their entries, not by those inside their pattern.
+
+    Returns:
+        Keep mask shaped like `scores`.
+    """
+    kernels = scores.flatten(2).flatten(0, 1)
+    gone = ~kernels.isfinite()
+    finite = kernels.masked_fill(gone, 0.0)
+    table = patterns.to(scores.device)
+    inside = table[assign(finite, patterns)]
+    entries = int(patterns[0].sum())
+    alone = Fraction(POSITIONS - entries, POSITIONS)
+    if goal < alone:
+        outside = torch.nonzero(~inside.flatten()).flatten()
+        order = torch.sort(kernels.flatten()[outside], stable=True).indices
+        keep = torch.ones(kernels.numel(), dtype=torch.bool, device=scores.device)
+        keep[outside[order[: removed(goal, kernels.numel())]]] = False
+        return keep.view(scores.shape)
+    count = removed((goal - alone) / (1 - alone), len(kernels))
+    norms = (finite if whole else finite * inside).sum(1).masked_fill(gone.all(1), float("-inf"))
+    keep = inside.clone()
+    keep[torch.sort(norms, stable=True).indices[:count]] = False
+    return keep.view(scores.shape)

@@ -1,0 +1,129 @@
+"""Which layers get what ratio: ordered rules, or a mapping from parameter names in a YAML file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import yaml
+from pydantic import Field
+from torch import nn
+
+from prune_cli.config import find_file
+from prune_cli.errors import ConfigError, nearest
+
+PRUNABLE = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+)  # fmt: skip
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+"""Fraction removed, in [0, 1)."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One entry of `granularity.rules`. A layer matches when it satisfies every key given; the last match wins.
+
+    Attributes:
+        types: class names such as Conv2d; `default` stands for every layer type that can be pruned.
+        names: dotted module names.
+        names_re: regular expressions that must match a whole module name.
+        ratio: fraction removed; the granularity's own ratio where absent.
+        exclude: leave the layer dense.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    types: tuple[str, ...] | None = None
+    names: tuple[str, ...] | None = None
+    names_re: tuple[str, ...] | str | None = None
+    ratio: Ratio | None = None
+    exclude: bool = False
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be pruned, by dotted module name, in the order of the module tree."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+
+
+def ratios(model: nn.Module, ratio: float, rules: Sequence[Rule], ratio_file: Path | None) -> dict[str, float | str]:
+    """The ratio asked of each weight, by parameter name; layers that stay dense are absent.
+
+    Args:
+        ratio: asked of every layer where there are neither rules nor a file, and of rules without their own.
+        rules: see `Rule`; layers that no rule matches stay dense.
+        ratio_file: YAML with `prune_ratio: {parameter name: ratio or mXnY}`, as in DNN-Model-Prune; a prefix
+            `module.` is dropped and unlisted parameters stay dense.
+
+    Raises:
+        ConfigError: both rules and a file, a rule that matches nothing, an unknown name, a ratio outside [0, 1).
+    """
+    found = layers(model)
+    if rules and ratio_file:
+        raise ConfigError("granularity: give either rules or ratio_file, not both")
+    if ratio_file:
+        return _from_file(found, ratio_file)
+    if not rules:
+        return {f"{name}.weight": ratio for name in found}
+    chosen: dict[str, float | str] = {}
+    for index, rule in enumerate(rules):
+        matched = [name for name, module in found.items() if _matches(rule, name, module, index, found)]
+        if not matched:
+            raise ConfigError(f"granularity.rules[{index}]: matches no layer{_why(rule, found)}")
+        for name in matched:
+            if rule.exclude:
+                chosen.pop(f"{name}.weight", None)
+            else:
+                chosen[f"{name}.weight"] = ratio if rule.ratio is None else rule.ratio
+    order = [f"{name}.weight" for name in found]
+    return {name: chosen[name] for name in order if name in chosen}
+
+
+def _matches(rule: Rule, name: str, module: nn.Module, index: int, found: dict[str, nn.Module]) -> bool:
+    if rule.types is not None and "default" not in rule.types and type(module).__name__ not in rule.types:
+        return False
+    if rule.names is not None:
+        for wanted in rule.names:
+            if wanted not in found:
+                raise ConfigError(f"granularity.rules[{index}].names: no layer {wanted!r}{nearest(wanted, found)}")
+        if name not in rule.names:
+            return False
+    if rule.names_re is None:
+        return True
+    patterns = (rule.names_re,) if isinstance(rule.names_re, str) else rule.names_re
+    try:
+        return any(re.fullmatch(pattern, name) for pattern in patterns)
+    except re.error as error:
+        raise ConfigError(f"granularity.rules[{index}].names_re: {error}") from error
+
+
+def _why(rule: Rule, found: dict[str, nn.Module]) -> str:
+    kinds = {type(module).__name__ for module in found.values()}
+    unknown = [kind for kind in rule.types or () if kind not in kinds and kind != "default"]
+    return f"; the network has no {unknown[0]}{nearest(unknown[0], kinds)}" if unknown else ""
+
+
+def _from_file(found: dict[str, nn.Module], path: Path) -> dict[str, float | str]:
+    path = find_file(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"granularity.ratio_file: cannot read {path} ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("prune_ratio"), dict):
+        raise ConfigError(f"{path}: needs a mapping prune_ratio: {{parameter name: ratio}}")
+    names = {f"{name}.weight" for name in found}
+    chosen: dict[str, float | str] = {}
+    for key, value in content["prune_ratio"].items():
+        name = str(key).removeprefix("module.")
+        if name not in names:
+            raise ConfigError(f"{path}: the network has no prunable parameter {key!r}{nearest(name, names)}")
+        if isinstance(value, str) and re.fullmatch(r"m\d+n\d+", value):
+            chosen[name] = value
+        elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
+            chosen[name] = float(value)
+        else:
+            raise ConfigError(f"{path}: {key}: {value!r} is neither a ratio in [0, 1) nor of the form m4n2")
+    return chosen
