@@ -1,0 +1,34 @@
+"""`prune copy RECIPE NEW`: a recipe of one's own to edit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from prune_cli.artifacts import write_text
+from prune_cli.config import options
+from prune_cli.errors import ConfigError, nearest
+
+HELP = """usage: prune copy RECIPE NEW
+
+Copies a recipe to ./recipes/recipe/NEW.yaml; `prune run recipe=NEW` in this folder then uses it.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Copies the file; never overwrites one."""
+    if set(arguments) & {"-h", "--help"}:
+        sys.stdout.write(HELP)
+        return 0
+    if len(arguments) != 2:
+        raise ConfigError("usage: prune copy RECIPE NEW")
+    recipe, new = arguments
+    known = options("recipe")
+    if recipe not in known:
+        raise ConfigError(f"there is no recipe {recipe!r}{nearest(recipe, known)}")
+    if new in known:
+        raise ConfigError(f"there is a recipe {new!r} already ({known[new]}); choose another name")
+    target = Path("recipes/recipe") / f"{new}.yaml"
+    write_text(target, known[recipe].read_text().replace(f"recipe={recipe}", f"recipe={new}"))
+    sys.stdout.write(f"{target}\n")
+    return 0

@@ -1,0 +1,182 @@
+"""`prune evaluate CHECKPOINT_OR_RUN [overrides]`: correct of total, acc1, params and MACs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_cli import artifacts
+from prune_cli.config import compose
+from prune_cli.errors import CheckpointError, ConfigError
+
+HELP = """usage: prune evaluate PATH [model=NAME] [dataset=NAME] [split=test|val|train] [key=value ...]
+
+PATH is a run folder (its last stage is taken), a stage folder, a folder with pruned.yaml, or a file of weights
+(safetensors, or a torch file that holds nothing but tensors; needs model= and dataset=). Keys not given are those of
+the run.
+"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a stage folder or a weights file, the config nodes it came with, and its checkpoint.json."""
+
+    path: Path
+    config: dict[str, Any]
+    stored: dict[str, Any] | None = None
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluates and prints one line per figure."""
+    if set(arguments) & {"-h", "--help"} or not arguments:
+        sys.stdout.write(HELP)
+        return 0 if arguments else 2
+    path, overrides = Path(arguments[0]), arguments[1:]
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a run folder, a stage folder or a file of weights")
+    split = next((text[6:] for text in overrides if text.startswith("split=")), "test")
+    if split not in ("train", "val", "test"):
+        raise ConfigError(f"split: {split!r} is not one of train, val, test")
+    subject = find_subject(path)
+    config = _merge(subject, [text for text in overrides if not text.startswith("split=")])
+
+    import torch
+
+    from prune_cli import loading, measure, pipeline, pruned
+    from prune_cli.checkpoints import load_weights
+    from prune_cli.console import count
+    from prune_cli.store import read_checkpoint
+
+    device = pipeline.choose_device(config.get("device", "auto"))
+    data = pipeline.build_data(config, device)
+    if not data.sizes.get(split):
+        raise ConfigError(f"split={split} is empty; set dataset.val to a fraction")
+    build = loading.build_architecture(config["model"], data, "", 0).build
+    masks = {}
+    if subject.path.is_dir():
+        if subject.stored is not None:
+            read_checkpoint(subject.path)
+        model = loading.load_model(subject.path, build)
+        masks = pruned.read_masks(subject.path)
+    elif subject.path.name == artifacts.WEIGHTS and (subject.path.parent / artifacts.PRUNED).is_file():
+        model = pruned.load(subject.path.parent, build())
+    else:
+        model = build()
+        load_weights(model, subject.path)
+    model = model.to(device).eval()
+    found = measure.accuracy(model, data.evaluation(split, 500))
+    cost = measure.cost(model, torch.zeros(1, *data.shape, device=device), masks)
+    sys.stdout.write(
+        f"{found.correct} of {found.total} correct, acc1 {found.acc1:.2f}, acc5 {found.acc5:.2f}, loss {found.loss:.4f} "
+        f"({split} split)\n{count(cost.params)} params ({cost.params}), {count(cost.macs)} MACs ({cost.macs})"
+        + (f", {count(cost.macs_nonzero)} MACs with weights that are not zero\n" if masks else "\n")
+    )
+    return 0
+
+
+def find_subject(path: Path) -> Subject:
+    """The stage folder that a path means, and the config of its run where there is one.
+
+    Raises:
+        CheckpointError: a folder in which nothing was finished.
+    """
+    if path.is_file():
+        return Subject(path, {})
+    run = path if (path / artifacts.CONFIG).is_file() else path.parent
+    config: dict[str, Any] = {}
+    if (run / artifacts.CONFIG).is_file():
+        import yaml
+
+        config = yaml.safe_load((run / artifacts.CONFIG).read_text())
+    if (path / artifacts.CHECKPOINT).is_file():
+        stored = json.loads((path / artifacts.CHECKPOINT).read_text())
+        return Subject(path, config | {"model": stored["model"]}, stored)
+    if (path / artifacts.PRUNED).is_file():
+        from prune_cli import pruned
+
+        record = pruned.read(path).record
+        return Subject(path, config | {"model": dict(record.node)})
+    stages = [folder for folder in path.iterdir() if (folder / artifacts.CHECKPOINT).is_file()]
+    if not stages:
+        raise CheckpointError(f"{path} holds no finished stage: no {artifacts.CHECKPOINT} in it or in its folders")
+    last = max(stages, key=lambda folder: _position(path, folder.name))
+    stored = json.loads((last / artifacts.CHECKPOINT).read_text())
+    return Subject(last, config | {"model": stored["model"]}, stored)
+
+
+def _position(run: Path, stage: str) -> int:
+    """The line of a stage in the run's results.csv; the order of stages."""
+    import csv
+
+    table = run / artifacts.RESULTS
+    if not table.is_file():
+        return 0
+    with table.open(newline="") as file:
+        return next((line for line, row in enumerate(csv.DictReader(file)) if row["stage"] == stage), -1)
+
+
+def _merge(subject: Subject, overrides: list[str]) -> dict[str, Any]:
+    """The run's model and dataset nodes with the overrides; nodes whose option is named are composed afresh."""
+    named = {text.split("=", 1)[0].split(".", 1)[0] for text in overrides}
+    chosen = {text.split("=", 1)[0] for text in overrides}
+    base = {key: value for key, value in subject.config.items() if key != "limit_batches"}
+    if missing := [group for group in ("model", "dataset") if group not in base and group not in chosen]:
+        raise ConfigError(f"{subject.path} does not say its {missing[0]}; give {missing[0]}=NAME")
+    for node in ("model", "dataset"):
+        if node in base and node not in chosen:
+            _require_ours(base[node], node)
+    if not named:
+        return base
+    fresh = compose([text for text in overrides if text.split(".", 1)[0] not in base or _of(text) in chosen])
+    merged = fresh.config | {
+        key: value for key, value in base.items() if key in ("model", "dataset") and key not in chosen
+    }
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if "." in key and _of(text) not in chosen:
+            _set(merged, key, value)
+    return merged
+
+
+def _of(text: str) -> str:
+    return text.split("=", 1)[0].split(".", 1)[0]
+
+
+def _set(config: dict[str, Any], key: str, text: str) -> None:
+    """Sets one dotted key of a run's config to a value written as YAML."""
+    import yaml
+
+    from prune_cli.errors import nearest
+
+    *parents, last = key.split(".")
+    node: Any = config
+    for name in parents:
+        node = node.get(name) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last not in node:
+        raise ConfigError(f"{key}: unknown key{nearest(last, node if isinstance(node, dict) else ())}")
+    node[last] = yaml.safe_load(text)
+
+
+# What a config that came with files may name; a builder of ours cannot be made to run other code.
+OURS = {"model": "prune_cli.models.", "dataset": "prune_cli.data."}
+
+
+def _require_ours(node: dict[str, Any], group: str) -> None:
+    """A run folder may come from elsewhere: the code it names must be ours, or be named again by the user."""
+    target = str(node.get("_target_"))
+    if not target.startswith(OURS[group]):
+        raise CheckpointError(
+            f"{group}: these files name code outside prune ({target}); if you trust it, name it again with {group}=OPTION"
+        )
+    if group == "model":
+        from prune_cli import pruned
+
+        pruned.require_ours(node, "model")
+    for key, value in node.items():
+        if isinstance(value, dict) and "_target_" in value:
+            raise CheckpointError(
+                f"{group}.{key}: these files name code ({value['_target_']}) where there should be none"
+            )

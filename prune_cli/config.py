@@ -1,0 +1,231 @@
+"""Recipes on disk, the schema of the root config, and composition errors as one line. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from prune_cli.errors import ConfigError, nearest
+
+GROUPS = (
+    "recipe", "model", "dataset", "criterion", "granularity", "schedule", "distillation", "regulariser", "optimizer",
+    "lr_schedule", "stage",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Root:
+    """The keys of a composed config besides its stages. Paths and counts in user units; see recipes/config.yaml."""
+
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    criterion: dict[str, Any]
+    granularity: dict[str, Any]
+    schedule: dict[str, Any]
+    distillation: dict[str, Any]
+    regulariser: dict[str, Any]
+    stages: list[str]
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] | str = "auto"
+    deterministic: bool = False
+    threads: int | None = None
+    limit_batches: int | None = None
+    latency: bool = True
+    tensorboard: bool = False
+
+
+def shipped() -> Path:
+    """The folder of the recipes that come with the package: inside a wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "recipes"
+    return inside if (inside / "config.yaml").is_file() else package.parent / "recipes"
+
+
+def searchpath() -> list[Path]:
+    """The user's recipe folders, first match wins: PRUNE_RECIPES (several, split like PATH), then ./recipes."""
+    named = [Path(entry) for entry in os.environ.get("PRUNE_RECIPES", "").split(os.pathsep) if entry]
+    folders = [folder.resolve() for folder in [*named, Path("recipes")] if folder.is_dir()]
+    return [folder for folder in dict.fromkeys(folders) if folder != shipped().resolve()]
+
+
+def options(group: str) -> dict[str, Path]:
+    """The options of a group by name, shipped and the user's; shipped names win, as in Hydra's search path."""
+    found: dict[str, Path] = {}
+    for folder in [*reversed(searchpath()), shipped()]:
+        for path in sorted((folder / group).rglob("*.yaml")):
+            found[path.relative_to(folder / group).with_suffix("").as_posix()] = path
+    return dict(sorted(found.items()))
+
+
+def find_file(path: Path) -> Path:
+    """A file that a recipe names: relative to the working directory, else to the recipe folders."""
+    places = [Path(), *searchpath(), shipped()]
+    return next((place / path for place in places if (place / path).is_file()), path)
+
+
+def description(path: Path) -> str:
+    """The first comment line of a recipe file that is not a Hydra directive."""
+    for line in path.read_text().splitlines():
+        if line.startswith("# @package"):
+            continue
+        return line.lstrip("# ").strip() if line.startswith("#") else ""
+    return ""
+
+
+def require_recipe(overrides: list[str]) -> None:
+    """Checks `recipe=` before Hydra makes an output folder.
+
+    Raises:
+        ConfigError: no recipe, or one that does not exist; names the nearest.
+    """
+    chosen = [value.split("=", 1)[1] for value in overrides if value.startswith("recipe=")]
+    if not chosen:
+        raise ConfigError("which recipe? give recipe=NAME, for example recipe=quickstart (see `prune list recipe`)")
+    known = options("recipe")
+    for name in _sweep_values(chosen[-1]):
+        if name not in known:
+            raise ConfigError(f"there is no recipe {name!r}{nearest(name, known)}")
+
+
+def _sweep_values(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if "(" not in text else []
+
+
+def check_root(config: dict[str, Any]) -> list[str]:
+    """Checks the root keys of a composed config and returns the order of its stages.
+
+    Raises:
+        ConfigError: a key that is neither of the schema nor a stage, an ill-typed value, an unknown stage.
+    """
+    from prune_cli.nodes import validate
+
+    known = {field.name for field in fields(Root)}
+    nodes = {key for key, value in config.items() if isinstance(value, dict) and "_target_" in value} - known
+    for key in config:
+        if key not in known and key not in nodes:
+            raise ConfigError(f"{key}: unknown key{nearest(key, known | nodes)}")
+    root = {key: value for key, value in config.items() if key in known}
+    for field in fields(Root):
+        if field.name in root:
+            root[field.name] = validate(root[field.name], field.name, _hint(field.name))
+    if not root.get("stages"):
+        raise ConfigError("stages: the list is empty; give for example stages=[train,prune,finetune]")
+    for stage in root["stages"]:
+        if stage not in nodes:
+            raise ConfigError(f"stages: there is no stage {stage!r}{nearest(stage, nodes)}")
+    return list(root["stages"])
+
+
+def _hint(name: str) -> Any:
+    import typing
+
+    return typing.get_type_hints(Root)[name]
+
+
+def hydra_arguments(overrides: list[str]) -> list[str]:
+    """The overrides plus Hydra's search path for the user's recipe folders, unless one was given."""
+    folders = searchpath()
+    if not folders or any(text.startswith("hydra.searchpath=") for text in overrides):
+        return overrides
+    return [*overrides, "hydra.searchpath=[" + ",".join(f"file://{folder}" for folder in folders) + "]"]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed config as plain, resolved data, and the option that was chosen in each group."""
+
+    config: dict[str, Any]
+    choices: dict[str, str]
+
+
+def compose(overrides: list[str]) -> Composed:
+    """Composes a config outside `prune run`.
+
+    Raises:
+        ConfigError: anything that does not compose, in one line.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():
+        GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(shipped()), version_base="1.3"):
+            config = hydra.compose("config", hydra_arguments(overrides), return_hydra_config=True)
+        choices = {str(key): str(value) for key, value in config.hydra.runtime.choices.items()}
+        return Composed(plain(config, overrides), choices)
+    except Exception as error:
+        raise translate(error, overrides) from error
+
+
+def plain(config: Any, overrides: list[str]) -> dict[str, Any]:
+    """A composed config as plain, resolved data, without `hydra` and without keys that no longer apply.
+
+    Where the command line chooses another option of a group than the recipe, keys that the recipe set for its own
+    option would be unknown to the new one (`schedule=one_shot` under a recipe with `schedule.retrain_epoch`); those
+    that the new option's file does not have, and the command line does not set, are dropped.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    given = {text.split("=", 1)[0].lstrip("+") for text in overrides}
+    with open_dict(config):
+        config.pop("hydra", None)
+        for text in overrides:
+            match = re.fullmatch(r"(\w+)(?:@([\w.]+))?=([\w/.-]+)", text)
+            if not match or match.group(1) not in GROUPS or match.group(1) == "recipe":
+                continue
+            group, package, name = match.groups()
+            node = OmegaConf.select(config, package or group)
+            if node is None or name not in (found := options(group)):
+                continue
+            known = OmegaConf.load(found[name])
+            for key in [str(key) for key in node]:
+                prefix = f"{package or group}.{key}"
+                set_here = any(name == prefix or name.startswith(prefix + ".") for name in given)
+                if key not in known and not set_here and group != "stage":  # stages get more keys from their defaults
+                    del node[key]
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def translate(error: Exception, overrides: list[str]) -> Exception:
+    """A composition error of Hydra or OmegaConf as a ConfigError of one line; other errors as they are."""
+    module = type(error).__module__
+    if not module.startswith(("hydra.", "omegaconf.")):
+        return error
+    text = str(error)
+    if match := re.search(r"Could not find '([\w./-]+)/([^'/]+)'", text):
+        group, name = match.groups()
+        return ConfigError(f"{group}={name}: there is no such option{nearest(name, options(group))}")
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1)
+        if "@" not in key and "/" not in key:
+            return ConfigError(f"{key}: unknown key{_nearest_key(key, overrides)}")
+        return ConfigError(f"{key}: there is no such group in the defaults{nearest(key, GROUPS)}")
+    if match := re.search(r"Error parsing override '([^']*)'", text):
+        return ConfigError(f"{match.group(1)!r} is not an override; write key=value, for example seed=1")
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return ConfigError(f"{match.group(1)}: needs a value; give {match.group(1)}=...")
+    return ConfigError(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def _nearest_key(key: str, overrides: list[str]) -> str:
+    """Suggests dotted keys near one that Hydra refused, from the config without the offending override."""
+    kept = [text for text in overrides if not text.lstrip("+~").startswith(key)]
+    try:
+        config = compose([text for text in kept if "hydra." not in text]).config
+    except ConfigError:
+        return ""
+    names = list(_dotted(config))
+    depth = key.count(".")
+    return nearest(key, [name for name in names if name.count(".") == depth] or names)
+
+
+def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield prefix + str(name)
+            yield from _dotted(value, f"{prefix}{name}.")

@@ -1,0 +1,66 @@
+"""What a user can get wrong or a run can meet, each with the exit code of `prune` (table in the README).
+
+The message is one line: what was wrong and what would be right. Anything else that escapes is a bug of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PruneError(Exception):
+    """Base of the errors that are shown as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(PruneError):
+    """An unknown recipe, option, key or value, or a combination that makes no sense; found before training."""
+
+    exit_code = 2
+
+
+class DataError(PruneError):
+    """A dataset that is missing, empty or damaged."""
+
+    exit_code = 3
+
+
+class CheckpointError(PruneError):
+    """A file of weights, masks or a pruned network that is damaged, unsafe or does not fit."""
+
+    exit_code = 4
+
+
+class TrainingError(PruneError):
+    """Training that cannot go on, such as a loss that is not finite."""
+
+    exit_code = 5
+
+
+class StorageError(PruneError):
+    """An output folder that cannot be written."""
+
+    exit_code = 6
+
+
+class SurgeryError(PruneError):
+    """A network that cannot be analysed or shrunk as asked."""
+
+    exit_code = 7
+
+
+class Interrupted(PruneError):
+    """SIGINT or SIGTERM arrived and a resumable checkpoint was written; the same command goes on from there."""
+
+    exit_code = 75
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'a' or 'b'?"`` for close names, else a list of what there is."""
+    names = sorted(names)
+    close = get_close_matches(name, names, n=3, cutoff=0.55)
+    if close:
+        return "; did you mean " + " or ".join(repr(match) for match in close) + "?"
+    return "; there is " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else ""

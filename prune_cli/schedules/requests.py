@@ -1,0 +1,48 @@
+"""What a schedule may ask of the prune stage.
+
+A schedule is a pure function `(memo, *, its parameters) -> (memo, request)`: called with None first, then with the
+memo that it returned, after its request was carried out. Memos are JSON data, so a run resumes between any two steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Memo = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Choose masks from the present weights and zero what they remove.
+
+    Attributes:
+        share: how much of the granularity's ratio to apply, in [0, 1].
+        monotone: what is masked already stays masked.
+    """
+
+    share: float = 1.0
+    monotone: bool = True
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train on to a point of the stage's own training time.
+
+    Attributes:
+        until: epoch to reach.
+        of: epochs of the whole stage, to which the learning-rate schedule refers.
+        enforce: keep masked weights at zero (hard); else they may grow again (soft).
+    """
+
+    until: int
+    of: int
+    enforce: bool = True
+
+
+@dataclass(frozen=True)
+class Done:
+    """The schedule is complete."""
+
+
+Request = Mask | Train | Done

@@ -1,0 +1,43 @@
+"""Recovery after pruning: training under fixed masks, with or without a teacher."""
+
+from __future__ import annotations
+
+from prune_cli.distillation.distillation import Distillation
+from prune_cli.fit import LrSchedule, OptimizerFactory, Options
+from prune_cli.stages import learning
+from prune_cli.state import State
+
+
+def finetune(
+    state: State,
+    *,
+    epochs: int,
+    batch_size: int,
+    optimizer: OptimizerFactory,
+    lr_schedule: LrSchedule,
+    distillation: Distillation,
+    label_smoothing: float = 0.0,
+    fit: Options,
+) -> State:
+    """Trains the pruned network; masked weights stay exactly zero after every step.
+
+    Args:
+        epochs: passes over the training split.
+        batch_size: images per step.
+        label_smoothing: share of the target spread over all classes, in [0, 1).
+    """
+    return learning.trained(
+        state,
+        learning.objective(state, distillation, label_smoothing),
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        options=fit,
+    )
+
+
+def check(state: State, *, distillation: Distillation, fit: Options) -> None:
+    """Refuses options that this dataset cannot serve, and a teacher that will not be there."""
+    learning.check_options(state, fit)
+    learning.check_teacher(state, distillation)

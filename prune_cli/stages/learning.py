@@ -1,0 +1,202 @@
+"""The bridge between a `State` and `fit`: batches, selection split, progress on screen, resumable checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prune_cli import fit as loop
+from prune_cli.distillation.distillation import Distillation, Outputs
+from prune_cli.errors import ConfigError, Interrupted
+from prune_cli.fit import LrSchedule, OptimizerFactory, Options, Progress
+from prune_cli.loading import load_teacher
+from prune_cli.masks import Masks
+from prune_cli.measure import accuracy
+from prune_cli.state import Outcome, State
+
+log = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 500
+
+Save = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
+
+
+def check_options(state: State, options: Options) -> None:
+    """Refuses selection on a split that does not exist.
+
+    Raises:
+        ConfigError: says which key to change.
+    """
+    if options.select_on == "val" and not state.data.has_val:
+        raise ConfigError(
+            f"{state.stage}.fit.select_on=val, but dataset.val=0 leaves nothing to select on; "
+            "set dataset.val to a fraction, or select_on=last"
+        )
+    if options.early_stop is not None and not state.data.has_val and options.select_on != "test":
+        raise ConfigError(f"{state.stage}.fit.early_stop needs a validation split; set dataset.val to a fraction")
+
+
+def check_teacher(state: State, distillation: Distillation) -> None:
+    """Refuses a teacher that will not be there.
+
+    Raises:
+        ConfigError: says which key to change.
+    """
+    if distillation.teacher == "dense" and state.dense is None:
+        raise ConfigError(
+            f"{state.stage}: distillation.teacher=dense is the network before the first pruning stage, but none comes "
+            "before; give distillation.teacher=PATH"
+        )
+    if isinstance(distillation.teacher, Path) and not distillation.teacher.exists():
+        raise ConfigError(f"{state.stage}: distillation.teacher={distillation.teacher} does not exist")
+
+
+def learn(
+    state: State,
+    loss: loop.Loss,
+    *,
+    epochs: int,
+    until: int | None = None,
+    batch_size: int,
+    optimizer: OptimizerFactory,
+    lr_schedule: LrSchedule,
+    options: Options,
+    masks: Masks | None = None,
+    regularise: loop.Regularise | None = None,
+    progress: Progress | None = None,
+    save: Save | None = None,
+) -> Progress:
+    """Trains `state.model` in place on the training split, to `until` or to the end.
+
+    Args:
+        save: receives tensors and numbers of a resumable checkpoint; the stage's slot by default.
+
+    Raises:
+        Interrupted: the user asked to stop; a resumable checkpoint is in the slot.
+        TrainingError: the loss is not finite.
+    """
+    batches = state.data.train(batch_size, state.stage_seed, shard=state.world.shard)
+    split = options.select_on if options.select_on != "last" else "val"
+    write = save or state.keep
+
+    def evaluate(model: nn.Module) -> float:
+        return _accuracy(state, model, split)
+
+    def checkpoint(progress: Progress) -> None:
+        write(progress.tensors(state.model), progress.numbers())
+
+    def tick(progress: Progress, count: int, rate: float) -> None:
+        mean = progress.loss_sum / max(progress.seen, 1)
+        state.console.tick(progress.epoch, progress.step, count, rate, mean)
+
+    with state.console.training(state.stage, progress.epoch if progress else 0, epochs, len(batches)):
+        progress = loop.fit(
+            state.model,
+            batches,
+            loss,
+            optimizer=optimizer,
+            lr_schedule=lr_schedule,
+            epochs=epochs,
+            until=until,
+            masks=masks,
+            options=options,
+            regularise=regularise,
+            evaluate=evaluate if split == "test" or state.data.has_val else None,
+            progress=progress,
+            save=checkpoint,
+            stop=state.interrupted,
+            tick=tick,
+            world=state.world,
+        )
+    if not progress.done and progress.epoch < (epochs if until is None else until):
+        raise Interrupted(
+            f"stopped in {state.stage}, epoch {progress.epoch + 1}, step {progress.step}; the same command goes on there"
+        )
+    return progress
+
+
+def trained(
+    state: State,
+    loss: loop.Loss,
+    *,
+    epochs: int,
+    batch_size: int,
+    optimizer: OptimizerFactory,
+    lr_schedule: LrSchedule,
+    options: Options,
+    regularise: loop.Regularise | None = None,
+) -> State:
+    """The state after a whole training under the state's masks, gone on from where an earlier run of it stopped."""
+    progress = learn(
+        state,
+        loss,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        options=options,
+        masks=state.masks,
+        regularise=regularise,
+        progress=resumed(state, optimizer),
+    )
+    return state.evolve(
+        outcome=Outcome(epochs=progress.epoch, select_on=options.select_on, history=tuple(progress.history))
+    )
+
+
+def _accuracy(state: State, model: nn.Module, split: str) -> float:
+    """Percent right on a split, each rank counting its share with rank 0's norm statistics."""
+    world = state.world
+    if world.size == 1 or state.data.sizes[split] < world.size * EVALUATION_BATCH:
+        return accuracy(model, state.data.evaluation(split, EVALUATION_BATCH)).acc1
+    for name, buffer in world.share_tensors(dict(model.named_buffers()) if world.main else None).items():
+        model.get_buffer(name).copy_(buffer)
+    found = accuracy(model, state.data.evaluation(split, EVALUATION_BATCH, shard=world.shard))
+    correct, total = world.total(torch.tensor([found.correct, found.total])).tolist()
+    return 100 * correct / total
+
+
+def resumed(state: State, optimizer: OptimizerFactory) -> Progress | None:
+    """The progress of an earlier, unfinished run of this stage, with its weights loaded; None for a fresh start."""
+    found = state.unfinished()
+    if not found:
+        return None
+    progress = loop.restore(state.model, optimizer, *found)
+    log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
+    return progress
+
+
+def cross_entropy(label_smoothing: float) -> loop.Loss:
+    """The plain loss of training, without a teacher."""
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+
+    return loss
+
+
+def objective(state: State, distillation: Distillation, label_smoothing: float) -> loop.Loss:
+    """The loss of a stage that may have a teacher."""
+    teacher = teacher_of(state, distillation)
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        taught = None
+        if teacher is not None:
+            with torch.no_grad():
+                taught = Outputs(teacher(images))
+        return distillation.loss(Outputs(model(images)), taught, labels, label_smoothing)
+
+    return loss
+
+
+def teacher_of(state: State, distillation: Distillation) -> nn.Module | None:
+    """The frozen teacher network on the run's device, or None."""
+    if distillation.teacher is None:
+        return None
+    return load_teacher(state, distillation.teacher)

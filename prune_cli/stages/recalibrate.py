@@ -1,0 +1,32 @@
+"""Norm statistics of a pruned network, estimated again without touching a weight."""
+
+from __future__ import annotations
+
+from prune_cli.errors import ConfigError
+from prune_cli.measure import recalibrate_bn
+from prune_cli.regularisers.norm_scales import NORMS
+from prune_cli.state import Outcome, State
+
+
+def recalibrate(state: State, *, images: int, batch_size: int) -> State:
+    """Replaces every batch norm's running statistics by their mean over training images (EagleEye, arXiv:2007.02491).
+
+    Args:
+        images: training images, without augmentation; all of them where there are fewer.
+        batch_size: images per forward pass; each batch counts the same.
+    """
+    recalibrate_bn(state.model, state.data.calibration(images, batch_size))
+    return state.evolve(outcome=Outcome())
+
+
+def check(state: State) -> None:
+    """Refuses networks without statistics.
+
+    Raises:
+        ConfigError: there is nothing to estimate.
+    """
+    if not any(isinstance(module, NORMS) and module.track_running_stats for module in state.model.modules()):
+        raise ConfigError(
+            f"{state.stage}: model={state.architecture.name} has no batch norms with running statistics; "
+            "leave the stage out (stages=[...])"
+        )

@@ -1,0 +1,276 @@
+"""How much accuracy each layer's pruning costs alone, for every ratio and criterion; the network stays as it is."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from typing import Annotated, Literal
+
+import torch
+import yaml
+from pydantic import Field
+from torch import Tensor, nn
+
+from prune_cli import masks as masking
+from prune_cli import measure
+from prune_cli.criteria import requirements
+from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.statistics import Calibration
+from prune_cli.errors import ConfigError, Interrupted
+from prune_cli.granularities.allot import Group, rank
+from prune_cli.granularities.granularity import Context, Granularity, Units, select
+from prune_cli.granularities.targets import Rule
+from prune_cli.stages import learning
+from prune_cli.stages.prune import statistics_of
+from prune_cli.stages.sensitivity_plot import curves
+from prune_cli.state import Outcome, State
+
+log = logging.getLogger(__name__)
+
+Grid = Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
+
+TABLE = "sensitivity.csv"
+PLOT = "sensitivity.svg"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A line of sensitivity.csv.
+
+    Attributes:
+        layer: the group of units that was pruned alone: a parameter, or the first layer of a coupled set.
+        criterion: what chose its units.
+        ratio: fraction removed, as asked; 0 is the network as it came.
+        ratio_realised: fraction removed of the layer's units.
+        acc1: percent of the split.
+        loss: mean cross entropy on the split.
+    """
+
+    layer: str
+    criterion: str
+    ratio: float
+    ratio_realised: float
+    acc1: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layer pruned at one ratio. members: the weights that the layer stands for in a ratio file."""
+
+    layer: str
+    members: tuple[str, ...]
+    ratio: float
+    ratio_realised: float
+    masks: Mapping[str, Tensor]
+
+
+def sensitivity(
+    state: State,
+    *,
+    criterion: Criterion,
+    granularity: Granularity,
+    compare: Mapping[str, Criterion],
+    ratios: Grid,
+    calibration: Calibration,
+    split: Literal["val", "test"] = "val",
+    drop: Annotated[float, Field(gt=0)] = 0.1,
+    plot: bool = True,
+) -> State:
+    """Evaluates every layer at every ratio alone, by masks that are taken off again (Li et al., arXiv:1608.08710,
+    section 3.2), and leaves a table, a plot and per criterion a ratio file.
+
+    The ratio of a layer in the file is the largest of the grid that is reached from 0 upwards while the accuracy
+    lost stays below `drop` (classifier-pruner). A stopped stage goes on at the layer and ratio where it was.
+
+    Args:
+        compare: further criteria by name.
+        ratios: fractions of a layer's units to remove.
+        calibration: images for criteria that need them.
+        split: images to evaluate on.
+        drop: percentage points.
+        plot: whether to draw the curves.
+    """
+    model = state.model.eval()
+    named = _named(criterion, compare)
+    found = state.slot.load()
+    points = [Point(**row) for row in found[1]["points"]] if found else []
+    known = {(point.criterion, point.layer, point.ratio) for point in points}
+    members: dict[str, tuple[str, ...]] = {}
+    reference = _evaluate(state, split)
+    for name, one in named.items():
+        for candidate in candidates(granularity, one, state, sorted(set(ratios)), calibration):
+            members[candidate.layer] = candidate.members
+            if (name, candidate.layer, candidate.ratio) in known:
+                continue
+            with zeroed(model, candidate.masks):
+                acc1, loss = _evaluate(state, split)
+            points.append(Point(candidate.layer, name, candidate.ratio, candidate.ratio_realised, acc1, loss))
+            log.debug("%s: %s without %.2f: %.2f", name, candidate.layer, candidate.ratio_realised, acc1)
+            state.slot.save({}, {"points": [asdict(point) for point in points]})
+            if state.interrupted():
+                raise Interrupted(
+                    f"stopped in {state.stage} after {candidate.layer} at {candidate.ratio:g}; the same command goes "
+                    "on there"
+                )
+    points += [Point(layer, name, 0.0, 0.0, *reference) for name in named for layer in members]
+    points = _ordered(points, list(members), list(named))
+    files = {TABLE: table(points)}
+    files |= {f"ratios_{name}.yaml": ratio_file(points, name, members, drop) for name in named}
+    if plot:
+        files[PLOT] = curves(points, f"{state.architecture.name}, {state.data.name} {split}")
+    return state.evolve(outcome=Outcome(files=files))
+
+
+def check(
+    state: State,
+    *,
+    criterion: Criterion,
+    granularity: Granularity,
+    compare: Mapping[str, Criterion],
+    ratios: Grid,
+    split: str,
+    plot: bool,
+) -> None:
+    """Refuses criteria that the units cannot use, a split that is not there and a plot that cannot be drawn.
+
+    Raises:
+        ConfigError: says why and what would be legal.
+    """
+    if not state.data.sizes.get(split):
+        raise ConfigError(
+            f"{state.stage}.split={split}, but dataset.val=0 leaves no such images; set dataset.val to a fraction, or "
+            f"{state.stage}.split=test"
+        )
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"{state.stage}.plot=true needs matplotlib: pip install 'prune-cli[plot]', or plot=false")
+    for one in _named(criterion, compare).values():
+        request = _everywhere(granularity, state.model, min(ratios))
+        request.check(state.model, one)
+        requirements.check(one, request, state.model, state.data, state.example_inputs())
+
+
+def _named(criterion: Criterion, compare: Mapping[str, Criterion]) -> dict[str, Criterion]:
+    """The run's criterion under its function's name, then the others."""
+    score = getattr(criterion.score, "func", criterion.score)
+    return {getattr(score, "__name__", type(score).__name__): criterion} | dict(compare)
+
+
+def _evaluate(state: State, split: str) -> tuple[float, float]:
+    found = measure.accuracy(state.model, state.data.evaluation(split, learning.EVALUATION_BATCH))
+    return found.acc1, found.loss
+
+
+def candidates(
+    granularity: Granularity, criterion: Criterion, state: State, ratios: Sequence[float], calibration: Calibration
+) -> Iterator[Candidate]:
+    """Every group of units at every ratio, chosen on the network as it is now."""
+    statistics = statistics_of(state, criterion, granularity, calibration)
+    seed = state.stage_seed % 2**62
+    for ratio in ratios:
+        found = _Found(granularity.units, [])
+        request = replace(_everywhere(granularity, state.model, ratio), units=found)
+        select(
+            request,
+            criterion,
+            state.model,
+            state.example_inputs(),
+            masked=state.masks,
+            statistics=statistics,
+            seed=seed,
+        )
+        for group in found.groups_found:
+            ranking = rank([group], request.scope, request.normalize, request.limits)
+            (keep,) = ranking.keep(ranking.counts(Fraction(1)))
+            realised = int((~keep).sum()) / keep.numel()
+            members = tuple(f"{layer}.weight" for layer in group.layers or (group.name.removesuffix(".weight"),))
+            yield Candidate(group.name, members, ratio, realised, group.mask(keep))
+
+
+def _everywhere(granularity: Granularity, model: nn.Module, ratio: float) -> Granularity:
+    """The granularity with one ratio for every layer that it asks for, each layer by itself."""
+    names = tuple(name.removesuffix(".weight") for name in granularity.ratios(model))
+    return replace(
+        granularity,
+        ratio=ratio,
+        rules=(Rule(names=names),),
+        ratio_file=None,
+        scope="layer",
+        normalize="none",
+        budget=None,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Units that remember the groups they formed, with the scores that `select` gave them."""
+
+    units: Units
+    groups_found: list[Group]
+
+    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
+        self.units.check(model, ratios, criterion)
+
+    def groups(self, context: Context) -> list[Group]:
+        self.groups_found[:] = self.units.groups(context)
+        return self.groups_found
+
+
+@contextmanager
+def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with masked entries at zero inside the block, and with exactly its own bits after it."""
+    parameters = dict(model.named_parameters())
+    kept = {name: parameters[name].detach().clone() for name in masks}
+    try:
+        masking.apply(model, masks)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                parameters[name].copy_(value)
+
+
+def _ordered(points: Sequence[Point], layers: list[str], criteria: list[str]) -> list[Point]:
+    return sorted(points, key=lambda p: (criteria.index(p.criterion), layers.index(p.layer), p.ratio))
+
+
+def safe_ratio(points: Sequence[Point], drop: float) -> float:
+    """The largest ratio reached from 0 upwards before the accuracy lost is first `drop` percentage points or more.
+
+    Args:
+        points: one layer and criterion, by rising ratio, the first at 0.
+    """
+    safe = 0.0
+    for point in points:
+        if points[0].acc1 - point.acc1 >= drop:
+            break
+        safe = point.ratio
+    return safe
+
+
+def ratio_file(points: Sequence[Point], criterion: str, members: Mapping[str, tuple[str, ...]], drop: float) -> str:
+    """YAML for `granularity.ratio_file`; a weight that belongs to several groups gets the least of their ratios."""
+    ratios: dict[str, float] = {}
+    for layer, names in members.items():
+        safe = safe_ratio([p for p in points if (p.layer, p.criterion) == (layer, criterion)], drop)
+        for name in names:
+            ratios[name] = min(safe, ratios.get(name, safe))
+    head = (
+        f"# Fractions removed per weight by {criterion}: each layer alone loses less than {drop:g} points of accuracy\n"
+    )
+    return head + yaml.safe_dump({"prune_ratio": ratios}, sort_keys=False)
+
+
+def table(points: Sequence[Point]) -> str:
+    """CSV of the points."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(point) for point in points)
+    return text.getvalue()

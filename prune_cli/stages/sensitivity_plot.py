@@ -1,0 +1,48 @@
+"""The curves of a sensitivity analysis as one SVG; the same points give the same bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prune_cli.stages.sensitivity import Point
+
+SETTINGS = {"svg.hashsalt": "prune", "svg.fonttype": "none", "font.size": 8.0, "font.family": "sans-serif"}
+COLUMNS = 4
+
+
+def curves(points: Sequence[Point], title: str) -> str:
+    """One panel per layer, accuracy over the ratio removed, one line per criterion.
+
+    Args:
+        points: by criterion, layer and rising ratio.
+    """
+    import matplotlib.style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    layers = list(dict.fromkeys(point.layer for point in points))
+    criteria = list(dict.fromkeys(point.criterion for point in points))
+    columns = min(COLUMNS, len(layers))
+    rows = -(-len(layers) // columns)
+    with matplotlib.style.context(["default", SETTINGS]):  # whatever the user's own settings are
+        figure = Figure(figsize=(2.6 * columns, 1.8 * rows + 0.8), layout="constrained")
+        FigureCanvasSVG(figure)
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for panel, layer in zip(panels.flat, layers, strict=False):
+            for criterion in criteria:
+                mine = [point for point in points if (point.layer, point.criterion) == (layer, criterion)]
+                panel.plot([p.ratio_realised for p in mine], [p.acc1 for p in mine], marker=".", label=criterion)
+            panel.set_title(layer, fontsize=8)
+            panel.grid(alpha=0.3)
+        for panel in panels.flat[len(layers) :]:
+            panel.set_visible(False)
+        figure.suptitle(title)
+        figure.supxlabel("fraction of the layer's units removed")
+        figure.supylabel("acc1, percent")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(criteria))
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()

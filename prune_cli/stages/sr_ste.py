@@ -1,0 +1,90 @@
+"""Training towards N:M from dense weights: the mask follows the weights until the end (SR-STE, arXiv:2102.04010)."""
+
+from __future__ import annotations
+
+import logging
+
+from prune_cli import sr_ste as method
+from prune_cli.distillation.distillation import Distillation
+from prune_cli.errors import ConfigError
+from prune_cli.fit import LrSchedule, OptimizerFactory, Options
+from prune_cli.granularities.granularity import Granularity
+from prune_cli.granularities.n_m import NM
+from prune_cli.stages import learning
+from prune_cli.state import Outcome, State
+
+log = logging.getLogger(__name__)
+
+
+def sr_ste(
+    state: State,
+    *,
+    granularity: Granularity,
+    decay: float,
+    epochs: int,
+    batch_size: int,
+    optimizer: OptimizerFactory,
+    lr_schedule: LrSchedule,
+    distillation: Distillation,
+    label_smoothing: float = 0.0,
+    fit: Options,
+) -> State:
+    """Trains the N:M projection of the weights, then fixes it.
+
+    Masks that hold already are not enforced: the projection takes their place.
+
+    Args:
+        granularity: n_m; its ratios or patterns say which weights are projected how.
+        decay: pull of masked weights towards zero, 2e-4 in the paper.
+        epochs: passes over the training split.
+        batch_size: images per step.
+        label_smoothing: share of the target spread over all classes, in [0, 1).
+    """
+    patterns = _patterns(state, granularity)
+    method.attach(state.model, patterns, decay)
+    progress = learning.learn(
+        state,
+        learning.objective(state, distillation, label_smoothing),
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        options=fit,
+        progress=learning.resumed(state, optimizer),
+    )
+    masks = method.detach(state.model, patterns)
+    units = sum(mask.numel() for mask in masks.values())
+    removed = units - sum(int(mask.sum()) for mask in masks.values())
+    outcome = Outcome(
+        epochs=progress.epoch,
+        select_on=fit.select_on,
+        ratio_requested=sum((1 - n / m) * masks[name].numel() for name, (m, n) in patterns.items()) / max(units, 1),
+        ratio_prunable=removed / max(units, 1),
+        history=tuple(progress.history),
+    )
+    log.info("%s: removed %d of %d weights", state.stage, removed, units)
+    return state.evolve(masks={**state.masks, **masks}, outcome=outcome)
+
+
+def _patterns(state: State, granularity: Granularity) -> dict[str, tuple[int, int]]:
+    if not isinstance(granularity.units, NM):
+        raise ConfigError(f"{state.stage} trains N:M weights; choose granularity=n_m")
+    patterns = granularity.units.patterns(granularity.ratios(state.model))
+    if not patterns:
+        raise ConfigError(
+            f"{state.stage}: no layer is asked for N:M; give granularity.ratio or patterns in a ratio file"
+        )
+    return patterns
+
+
+def check(state: State, *, granularity: Granularity, decay: float, distillation: Distillation, fit: Options) -> None:
+    """Refuses other granularities, and options that this dataset cannot serve.
+
+    Raises:
+        ConfigError: says which key to change.
+    """
+    learning.check_options(state, fit)
+    learning.check_teacher(state, distillation)
+    _patterns(state, granularity)
+    if decay < 0:
+        raise ConfigError(f"{state.stage}.decay={decay:g} would make masked weights grow; give 0 or more, as 2e-4")

@@ -1,0 +1,115 @@
+"""Training from the network's initial weights, or of a pruned architecture from scratch."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from prune_cli import measure, pruned
+from prune_cli.config import find_file
+from prune_cli.errors import ConfigError
+from prune_cli.fit import LrSchedule, OptimizerFactory, Options
+from prune_cli.loading import build_architecture
+from prune_cli.nodes import locate
+from prune_cli.stages import learning
+from prune_cli.state import Architecture, State
+
+log = logging.getLogger(__name__)
+
+CFG = "cfg:"
+MOST = 2  # epochs of an equal-compute training, relative to the dense network's (arXiv:1810.05270, section 3)
+
+
+def train(
+    state: State,
+    *,
+    epochs: int,
+    batch_size: int,
+    optimizer: OptimizerFactory,
+    lr_schedule: LrSchedule,
+    label_smoothing: float = 0.0,
+    init: str | None = None,
+    init_budget: Literal["epochs", "compute"] = "epochs",
+    fit: Options,
+) -> State:
+    """Minimises cross entropy on the training split.
+
+    Args:
+        epochs: passes over the training split.
+        batch_size: images per step.
+        label_smoothing: share of the target spread over all classes, in [0, 1).
+        init: None trains the network as it is; `cfg:PATH` trains one with the widths of that file and fresh weights
+            (from scratch in Liu et al., arXiv:1810.05270).
+        init_budget: with `init`: `epochs` trains as long as told (Scratch-E), `compute` as many more epochs as the
+            network has fewer MACs than the dense one, at most twice as many (Scratch-B).
+    """
+    if init is not None:
+        dense = state
+        state = _from_scratch(state, init)
+        epochs = _epochs(epochs, dense, state, init_budget)
+    return learning.trained(
+        state,
+        learning.cross_entropy(label_smoothing),
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        options=fit,
+    )
+
+
+def check(
+    state: State, *, fit: Options, init: str | None = None, init_budget: Literal["epochs", "compute"] = "epochs"
+) -> None:
+    """Refuses options that this dataset cannot serve, and a cfg that does not fit the network."""
+    learning.check_options(state, fit)
+    if init is not None:
+        with torch.device("meta"):
+            architecture(state, init).build()
+    elif init_budget != "epochs":
+        raise ConfigError(f"{state.stage}.init_budget=compute is for {state.stage}.init=cfg:PATH, which is not given")
+
+
+def architecture(state: State, init: str) -> Architecture:
+    """The architecture of the run's model with the widths of a file.
+
+    Raises:
+        ConfigError: `init` has another form, or the model is not built from a cfg.
+    """
+    if not init.startswith(CFG):
+        raise ConfigError(f"{state.stage}.init: {init!r} is not null or cfg:PATH, such as cfg:outputs/.../pruned.yaml")
+    widths = pruned.read_cfg(find_file(Path(init.removeprefix(CFG))))
+    node = state.architecture.node
+    parameters = inspect.signature(locate(node["_target_"], "model")).parameters
+    if missing := [key for key in widths if key not in parameters]:
+        raise ConfigError(
+            f"{state.stage}.init: model={state.architecture.name} is not built from a {missing[0]}; choose the model "
+            "that the file was made from, such as vgg16 or resnet18"
+        )
+    try:
+        return build_architecture({**node, **widths}, state.data, state.architecture.name, state.seed)
+    except TypeError as error:
+        raise ConfigError(f"{state.stage}.init: {error}") from error
+
+
+def _from_scratch(state: State, init: str) -> State:
+    """The state with a fresh network of the widths of a file: nothing that was trained or masked is left."""
+    fresh = architecture(state, init)
+    return state.evolve(architecture=fresh, model=fresh.build().to(state.device), masks={}, lineage=None)
+
+
+def _epochs(epochs: int, dense: State, small: State, budget: Literal["epochs", "compute"]) -> int:
+    full = measure.cost(dense.architecture.build(), dense.data.shape)
+    left = measure.cost(small.model, small.example_inputs())
+    if budget == "compute":
+        epochs = round(epochs * min(Fraction(full.macs, max(left.macs, 1)), Fraction(MOST)))
+    log.info(
+        "%s: from scratch, %d of %d params, %d of %d MACs, %d epochs",
+        small.stage, left.params, full.params, left.macs, full.macs, epochs,
+    )  # fmt: skip
+    return epochs
