@@ -1,0 +1,155 @@
+"""The sensitivity stage: what it measures is what pruning does, the network is untouched, and it resumes."""
+
+from __future__ import annotations
+
+import pandas
+import pytest
+import torch
+import yaml
+
+from prune_cli.channels import removed
+from prune_cli.checkpoints import read_state_dict
+from prune_cli.stages.sensitivity import Point, ratio_file, safe_ratio, zeroed
+from prune_cli.stages.sensitivity_plot import curves
+
+NET = (
+    "recipe=quickstart", "train.epochs=2", "latency=false", "device=cpu", "stages=[train,sensitivity]",
+    "sensitivity.ratios=[0.6,0.3]",
+)  # fmt: skip
+
+
+def points(*accuracies: float, layer: str = "conv", criterion: str = "l1") -> list[Point]:
+    return [Point(layer, criterion, 0.1 * n, 0.1 * n, acc1, 1.0) for n, acc1 in enumerate(accuracies)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "drop", "expected"),
+    [
+        ((90, 89.95, 89.95, 80), 0.1, 0.2),
+        ((90, 89.95, 89.8, 90), 0.1, 0.1),  # stops at the first violation, also when it gets better again
+        ((90, 89.5, 90), 0.5, 0.0),  # strictly below
+        ((90, 95, 95), 0.1, 0.2),
+    ],
+)
+def test_largest_safe_ratio(accuracies, drop, expected):
+    assert safe_ratio(points(*accuracies), drop) == pytest.approx(expected)
+
+
+def test_ratio_file_takes_the_least_ratio_of_a_weight_in_two_groups():
+    both = points(90, 90, 90, layer="a") + points(90, 90, 0, layer="b")
+    text = ratio_file(both, "l1", {"a": ("x.weight", "y.weight"), "b": ("y.weight", "z.weight")}, 0.1)
+    assert yaml.safe_load(text) == {
+        "prune_ratio": {"x.weight": pytest.approx(0.2), "y.weight": pytest.approx(0.1), "z.weight": pytest.approx(0.1)}
+    }
+
+
+def test_masks_come_off_without_a_trace_also_when_something_fails():
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    before_bytes = before.numpy().tobytes()
+    with pytest.raises(KeyError), zeroed(model, {"weight": torch.tensor([[True], [False]])}):
+        assert not model.weight[1].any()
+        assert torch.equal(model.weight[0], before[0])
+        raise KeyError
+    assert model.weight.detach().numpy().tobytes() == before_bytes
+
+
+def test_the_same_points_draw_the_same_bytes():
+    some = points(90, 80, 70) + points(90, 85, 60, criterion="random") + points(90, 80, 1, layer="fc")
+    first, second = curves(some, "net"), curves(some, "net")
+    assert first == second
+    assert all(word in first for word in ("conv", "fc", "random", "net"))
+    assert first != curves(some, "other")
+
+
+@pytest.mark.parametrize("granularity", ["filter", "element"])
+def test_a_line_of_the_table_is_what_pruning_that_layer_gives(prune, granularity):
+    result = prune("run", *NET, f"granularity={granularity}", "sensitivity.split=test", "granularity.min_keep=0.5")
+    assert result.code == 0, result.err
+    folder = result.folder / "sensitivity"
+    table = pandas.read_csv(folder / "sensitivity.csv")
+    assert list(table) == ["layer", "criterion", "ratio", "ratio_realised", "acc1", "loss"]
+    layers = (
+        ["conv1", "conv2", "fc1"]
+        if granularity == "filter"
+        else [f"{n}.weight" for n in ("conv1", "conv2", "fc1", "fc2")]
+    )
+    assert table.layer.unique().tolist()[:3] == layers[:3]
+    assert table[table.layer == table.layer[0]].ratio.tolist() == [0, 0.3, 0.6]
+    assert table[table.ratio == 0].acc1.unique().tolist() == [result.rows.acc1["train"]]
+    last = table[(table.layer == layers[1]) & (table.ratio == 0.6)].iloc[0]
+    assert last.ratio_realised == 0.5  # the floor holds here too
+
+    name = layers[1].removesuffix(".weight")
+    alone = prune(
+        "run", *NET, f"granularity={granularity}", "stages=[train,prune]", "granularity.ratio=0.5",
+        f"+granularity.rules=[{{names:[{name}]}}]",
+    )  # fmt: skip
+    assert alone.code == 0, alone.err
+    assert alone.rows.acc1["prune"] == pytest.approx(last.acc1)
+    assert alone.rows.loss["prune"] == pytest.approx(last.loss, rel=1e-5)
+
+    trained, after = (
+        read_state_dict(result.folder / stage / "weights.safetensors") for stage in ("train", "sensitivity")
+    )
+    assert all(torch.equal(trained[key], value) for key, value in after.items())
+    assert not (folder / "masks.safetensors").exists()
+
+
+def test_the_ratio_file_prunes_what_it_says(prune):
+    result = prune(
+        "run", *NET, "granularity=filter", "sensitivity.drop=30", "sensitivity.calibration.images=20",
+        *(f"+criterion@sensitivity.compare.{key}" for key in ("random=random", "taylor=taylor", "kmeans=clustering")),
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    folder = result.folder / "sensitivity"
+    assert set(pandas.read_csv(folder / "sensitivity.csv").criterion) == {"l1", "random", "taylor", "kmeans"}
+    assert (folder / "sensitivity.svg").is_file()
+    assert (folder / "ratios_random.yaml").is_file()
+    file = folder / "ratios_l1.yaml"
+    ratios = yaml.safe_load(file.read_text())["prune_ratio"]
+    assert max(ratios.values()) > 0
+    pruned = prune("run", *NET, "granularity=filter", "stages=[train,prune]", f"granularity.ratio_file={file}")
+    assert pruned.code == 0, pruned.err
+    weights = read_state_dict(folder / "weights.safetensors")
+    widths = {name: len(weights[name]) for name in ratios}
+    asked = sum(removed(ratios[name], count) for name, count in widths.items())
+    assert pruned.rows.ratio_prunable["prune"] == pytest.approx(asked / sum(widths.values()))
+
+
+def test_it_goes_on_where_it_was_stopped(prune, monkeypatch):
+    from prune_cli import measure
+
+    def counting(*arguments):
+        counting.calls += 1
+        if counting.calls == counting.stop_at:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    original = measure.accuracy
+    assert prune("run", *NET, "granularity=filter", "stages=[train]").code == 0
+    monkeypatch.setattr(measure, "accuracy", counting)
+    counting.calls, counting.stop_at = 0, 5
+    assert prune("run", *NET, "granularity=filter").code != 0
+    counting.calls, counting.stop_at = 0, 0
+    result = prune("run", *NET, "granularity=filter")
+    assert result.code == 0, result.err
+    # The reference and the three of six points that were missing, then the stage's own two accuracies.
+    assert counting.calls == 1 + 3 + 2
+    assert len(pandas.read_csv(result.folder / "sensitivity" / "sensitivity.csv")) == 9
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (("dataset.val=0",), "sensitivity.split=test"),
+        (("sensitivity.ratios=[0.5,1.5]",), "sensitivity.ratios"),
+        (("+sensitivity.compare.l1.scor=1",), "sensitivity.compare.l1"),
+        (("sensitivity.drop=0",), "sensitivity.drop"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line_before_training(prune, keys, expected):
+    result = prune("run", *NET, *keys)
+    assert result.code == 2
+    assert expected in result.err
+    assert len(result.err.strip().splitlines()) == 1

@@ -1,0 +1,425 @@
+"""The structural engine on small networks: every operator, random graphs, counting, choosing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from prune_cli import channels, masked, surgery
+from prune_cli.channels import analyse, removed, select
+from prune_cli.errors import SurgeryError
+
+torch.set_num_threads(1)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Float64, evaluation, nothing special about any value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            low, high = (0.5, 1.5) if parameter.dim() == 1 and "weight" in name else (-0.5, 0.5)
+            parameter.uniform_(low, high, generator=generator)
+        for module in model.modules():
+            if isinstance(getattr(module, "running_mean", None), Tensor):
+                module.running_mean.uniform_(-0.3, 0.3, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model.double().eval()
+
+
+def example(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def halve(model: nn.Module, inputs: Any, ratio: float = 0.5) -> surgery.Shrunk:
+    """Prunes and checks everything that must hold for any network."""
+    plan = analyse(model, inputs)
+    before = copy.deepcopy(model.state_dict())
+    keep = select(plan, np.random.default_rng(3).random(plan.size), ratio)
+    shrunk = surgery.shrink(model, plan, keep)
+    assert masked.difference(model, shrunk, inputs) < 1e-10
+    assert shrunk.plan.count(shrunk.keep).params == parameters(shrunk.model)
+    assert shrunk.plan.count(shrunk.plan.everything()).params == parameters(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    again = surgery.rebuild(model, surgery.Lineage.from_dict(shrunk.lineage.to_dict()))
+    assert all(torch.equal(value, again.state_dict()[n]) for n, value in shrunk.model.state_dict().items())
+    for a, b in zip(outputs(shrunk.model, inputs), outputs(again, inputs), strict=True):
+        assert torch.equal(a, b)
+    return shrunk
+
+
+def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    with torch.no_grad():
+        return tree_leaves(channels.tracing.call_model(model, inputs))
+
+
+class Body(nn.Module):
+    """Layers by name and a function that uses them."""
+
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(self, *args)
+
+
+def conv(a: int, b: int, k: int = 1, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(a, b, k, padding=k // 2, **options)
+
+
+def shuffle(x: Tensor, groups: int) -> Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, groups, c // groups, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def nhwc(m: Any, x: Tensor) -> Tensor:
+    return m.fc(m.a(x).permute(0, 2, 3, 1).flatten(1))
+
+
+def window(m: Any, x: Tensor) -> Tensor:
+    x = m.a(x).permute(0, 2, 3, 1)
+    b, h, w, c = x.shape
+    x = torch.roll(x, (1, 1), (1, 2)).view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+    return m.fc(x.reshape(-1, 4, c)).mean((0, 1))
+
+
+def scale_buffer(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x) * m.scale)
+
+
+def with_buffer() -> nn.Module:
+    model = Body(scale_buffer, a=conv(3, 8), b=conv(8, 4))
+    model.register_buffer("scale", torch.rand(8, 1, 1))
+    return model
+
+
+def tied() -> nn.Module:
+    model = Body(lambda m, x: m.c(m.b(m.a(x)) + m.a2(x)), a=conv(3, 8), a2=conv(3, 8), b=conv(8, 8), c=conv(8, 2))
+    model.a2.weight = model.a.weight
+    return model
+
+
+class Attention(nn.Module):
+    """Joint projection, heads with a stored head size, as in most vision transformers."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, dim // heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
+
+
+def gates(m: Any, x: Tensor) -> Tensor:
+    x = m.a(x)
+    return m.b(x * torch.sigmoid(m.up(F.relu(m.down(x.mean((2, 3), keepdim=True))))))
+
+
+def shortcut_a(m: Any, x: Tensor) -> Tensor:
+    x = m.a(x)
+    return m.c(F.relu(m.b(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))))
+
+
+LSTM = nn.LSTM(8, 6, batch_first=True)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, float]] = {
+    # name: network, inputs, largest share of the parameters that may stay at ratio 0.5
+    "chain": (lambda: nn.Sequential(conv(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 6, 3)), (1, 3, 6, 6), 0.55),
+    "no bias": (lambda: nn.Sequential(conv(3, 8, bias=False), nn.PReLU(8), conv(8, 4)), (1, 3, 5, 5), 0.6),
+    "residual": (lambda: Body(lambda m, x: m.c(F.relu(m.a(x) + m.b(m.a(x)))), a=conv(3, 8), b=conv(8, 8), c=conv(8, 4)),
+                 (1, 3, 5, 5), 0.45),
+    "cat": (lambda: Body(lambda m, x: m.c(torch.cat([m.a(x), m.b(x), x], 1)), a=conv(3, 8), b=conv(3, 4), c=conv(15, 4)),
+            (1, 3, 5, 5), 0.65),
+    "depthwise": (lambda: nn.Sequential(conv(3, 8), conv(8, 8, 3, groups=8), nn.ReLU6(), conv(8, 4)), (1, 3, 5, 5), 0.55),
+    "multiplier": (lambda: nn.Sequential(conv(3, 8), conv(8, 16, 3, groups=8), conv(16, 4)), (1, 3, 5, 5), 0.55),
+    "grouped": (lambda: nn.Sequential(conv(3, 8), conv(8, 12, 3, groups=2), conv(12, 4)), (1, 3, 5, 5), 0.5),
+    "transposed": (lambda: nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 6, 2, 2), conv(6, 4)), (1, 3, 4, 4), 0.5),
+    "transposed grouped": (lambda: nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 6, 2, groups=2), conv(6, 4)),
+                           (1, 3, 4, 4), 0.7),
+    "transposed depthwise": (lambda: nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 8, 2, groups=8), conv(8, 4)),
+                             (1, 3, 4, 4), 0.6),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.MaxPool1d(2), nn.Conv1d(8, 2, 1)),
+               (1, 3, 9), 0.6),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(3, 8, 1), nn.BatchNorm3d(8), nn.AvgPool3d(2), nn.Conv3d(8, 2, 1)),
+               (1, 3, 4, 4, 4), 0.6),
+    "channel shuffle": (lambda: Body(lambda m, x: m.b(shuffle(m.a(x), 4)), a=conv(3, 16), b=conv(16, 4)), (1, 3, 5, 5), 0.55),
+    "channel shuffle module": (lambda: nn.Sequential(conv(3, 8), nn.ChannelShuffle(2), conv(8, 4)), (1, 3, 5, 5), 0.56),
+    "pixel shuffle": (lambda: nn.Sequential(conv(3, 16), nn.PixelShuffle(2), conv(4, 4)), (1, 3, 4, 4), 0.6),
+    "pixel unshuffle": (lambda: nn.Sequential(conv(3, 4), nn.PixelUnshuffle(2), conv(16, 4)), (1, 3, 4, 4), 0.6),
+    "glu": (lambda: nn.Sequential(conv(3, 16), nn.GLU(1), conv(8, 4)), (1, 3, 4, 4), 0.55),
+    "chunk": (lambda: Body(lambda m, x: (lambda p: m.b(p[0] * p[1].sigmoid()))(m.a(x).chunk(2, 1)), a=conv(3, 16), b=conv(8, 4)),
+              (1, 3, 4, 4), 0.55),
+    "half slices": (lambda: Body(lambda m, x: (lambda y: m.b(y[:, : y.shape[1] // 2] + y[:, y.shape[1] // 2 :]))(m.a(x)),
+                                 a=conv(3, 16), b=conv(8, 4)), (1, 3, 4, 4), 0.55),
+    "literal slices": (lambda: Body(lambda m, x: (lambda y: m.c(torch.cat([m.b(y[:, :4]), y[:, 4:]], 1)))(m.a(x)),
+                                    a=conv(3, 12), b=conv(4, 8), c=conv(16, 4)), (1, 3, 4, 4), 0.75),
+    "literal view": (lambda: Body(lambda m, x: m.c(m.b(m.a(x)).view(1, 4, 4, 5, 5).sum(1)), a=conv(3, 8), b=conv(8, 16), c=conv(4, 4)),
+                     (1, 3, 5, 5), 0.75),
+    "literal split": (lambda: Body(lambda m, x: (lambda p: m.c(p[0] + m.b(p[1])))(torch.split(m.a(x), [8, 4], 1)),
+                                   a=conv(3, 12), b=conv(4, 8), c=conv(8, 4)), (1, 3, 5, 5), 1.0),
+    "interleaved": (lambda: Body(lambda m, x: (lambda y: m.b(torch.cat([y[:, 0::2], y[:, 1::2]], 1)))(m.a(x)),
+                                 a=conv(3, 8), b=conv(8, 4)), (1, 3, 4, 4), 0.55),
+    "stack": (lambda: Body(lambda m, x: m.c(torch.stack([m.a(x), m.b(x)], 1).sum(1)), a=conv(3, 8), b=conv(3, 8), c=conv(8, 4)),
+              (1, 3, 4, 4), 0.55),
+    "shortcut A": (lambda: Body(shortcut_a, a=conv(3, 8), b=conv(8, 16, 1, stride=2), c=conv(16, 4)), (1, 3, 4, 4), 0.75),
+    "NHWC flatten": (lambda: Body(nhwc, a=conv(3, 8), fc=nn.Linear(8 * 16, 5)), (2, 3, 4, 4), 0.55),
+    "NCHW flatten": (lambda: nn.Sequential(conv(3, 8), nn.Flatten(), nn.Linear(8 * 16, 5)), (2, 3, 4, 4), 0.55),
+    "windows": (lambda: Body(window, a=conv(3, 8), fc=nn.Linear(8, 5)), (1, 3, 4, 4), 0.6),
+    "tied weights": (tied, (1, 3, 4, 4), 0.5),
+    "tied layer": (lambda: Body(lambda m, x: m.b(m.a(m.a(m.s(x)))), s=conv(3, 8), a=conv(8, 8), b=conv(8, 2)), (1, 3, 4, 4), 0.5),
+    "functional weight": (lambda: Body(lambda m, x: m.b(F.conv2d(x, m.a.weight * 2, m.a.bias)), a=conv(3, 8), b=conv(8, 4)),
+                          (1, 3, 4, 4), 0.55),
+    "weight norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(conv(3, 8)), nn.ReLU(),
+                                          nn.utils.parametrizations.weight_norm(conv(8, 4))), (1, 3, 4, 4), 0.6),
+    "old weight norm": (lambda: nn.Sequential(nn.utils.weight_norm(conv(3, 8)), nn.ReLU(), conv(8, 4)), (1, 3, 4, 4), 0.6),
+    "buffer": (with_buffer, (1, 3, 4, 4), 0.55),
+    "group norm": (lambda: nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), nn.ReLU(), conv(8, 4)), (1, 3, 4, 4), 0.6),
+    "instance norm": (lambda: nn.Sequential(conv(3, 8), nn.InstanceNorm2d(8, affine=True), conv(8, 4)), (1, 3, 4, 4), 0.6),
+    "layer norm": (lambda: nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4)), (2, 5, 3), 0.6),
+    "layer norm plain": (lambda: nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 4)),
+                         (2, 5, 3), 0.6),
+    "rms norm": (lambda: nn.Sequential(nn.Linear(3, 8), nn.RMSNorm(8), nn.Linear(8, 4)), (2, 5, 3), 0.6),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), "tokens", 0.6),
+    "squeeze excite": (lambda: Body(gates, a=conv(3, 8), down=conv(8, 4), up=conv(4, 8), b=conv(8, 4)), (1, 3, 4, 4), 0.55),
+    "resize": (lambda: Body(lambda m, x: m.b(F.interpolate(F.pad(m.a(x), (1, 1, 0, 0), mode="reflect"), scale_factor=2.0)),
+                            a=conv(3, 8), b=conv(8, 4)), (1, 3, 4, 4), 0.55),
+    "lstm input": (lambda: Body(lambda m, x: m.fc(m.rnn(m.a(x))[0]), a=nn.Linear(3, 8), rnn=copy.deepcopy(LSTM), fc=nn.Linear(6, 4)),
+                   (2, 5, 3), 0.75),
+    "multihead attention": (lambda: Body(lambda m, x: m.b(m.att(*[m.a(x)] * 3, need_weights=False)[0] + m.a(x)), a=nn.Linear(3, 8),
+                                         att=nn.MultiheadAttention(8, 2, batch_first=True), b=nn.Linear(8, 4)), (2, 5, 3), 0.4),
+    "heads": (lambda: nn.Sequential(nn.Linear(3, 16), Attention(16, 4), nn.LayerNorm(16), nn.Linear(16, 4)), (2, 5, 3), 0.4),
+    "einsum": (lambda: Body(lambda m, x: m.b(torch.einsum("bnc,dc->bnd", m.a(x), m.w.weight)), a=nn.Linear(3, 8), w=nn.Linear(8, 6),
+                            b=nn.Linear(6, 4)), (2, 5, 3), 0.75),
+    "mean over channels": (lambda: Body(lambda m, x: m.b(m.a(x) * torch.sigmoid(m.a(x).mean(1, keepdim=True))), a=conv(3, 8),
+                                        b=conv(8, 4)), (1, 3, 4, 4), 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_shrinks_exactly(name: str) -> None:
+    build, shape, share = NETWORKS[name]
+    model = randomise(build())
+    inputs = torch.arange(8).reshape(2, 4) if shape == "tokens" else example(*shape)
+    shrunk = halve(model, inputs)
+    assert parameters(shrunk.model) <= share * parameters(model)
+    if share == 1.0:
+        assert shrunk.plan.warnings or not shrunk.plan.families or parameters(shrunk.model) < parameters(model)
+
+
+def test_several_inputs_and_dict_outputs() -> None:
+    layers = {"a": nn.Linear(3, 8), "b": nn.Linear(5, 8), "c": nn.Linear(8, 4)}
+    model = randomise(Body(lambda m, x, y: {"sum": m.c(F.relu(m.a(x) + m.b(y))), "list": [m.c(m.a(x))]}, **layers))
+    shrunk = halve(model, (example(2, 3), example(2, 5)))
+    assert shrunk.model.a.out_features == 4 and shrunk.model.c.out_features == 4
+
+
+def test_keyword_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, *, pixels: Tensor) -> Tensor:
+            return self.b(self.a(pixels))
+
+    assert halve(randomise(Two()), {"pixels": example(2, 3)}).model.a.out_features == 4
+
+
+def test_auxiliary_heads_that_run_only_in_training_follow() -> None:
+    class Aux(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.aux = conv(3, 8), conv(8, 4), conv(8, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.a(x)
+            return (self.b(x), self.aux(x)) if self.training else self.b(x)
+
+    small = halve(randomise(Aux()), example(1, 3, 4, 4)).model
+    assert small.aux.weight.shape == (2, 4, 1, 1)
+    assert len(small.train()(example(1, 3, 4, 4))) == 2
+
+
+def test_unknown_operator_keeps_its_channels_and_is_named() -> None:
+    model = Body(
+        lambda m, x: m.c(torch.linalg.qr(m.b(m.a(x)))[0]), a=nn.Linear(3, 8), b=nn.Linear(8, 6), c=nn.Linear(6, 4)
+    )
+    shrunk = halve(randomise(model), example(7, 3))
+    assert shrunk.model.a.out_features == 4 and shrunk.model.b.out_features == 6
+    assert any("qr" in warning for warning in shrunk.plan.warnings)
+
+
+def test_literal_sizes_keep_only_what_they_touch() -> None:
+    build, shape, _ = NETWORKS["literal view"]
+    shrunk = halve(randomise(build()), example(*shape))
+    assert shrunk.model.a.out_channels == 4 and shrunk.model.b.out_channels == 16
+    assert shrunk.plan.warnings
+
+
+def test_literal_slice_keeps_what_lies_before_its_bound() -> None:
+    build, shape, _ = NETWORKS["literal slices"]
+    shrunk = halve(randomise(build()), example(*shape))
+    kept = shrunk.lineage.kept["a.weight"][0]
+    assert kept[:4] == (0, 1, 2, 3) and len(kept) == 8 and shrunk.model.b.out_channels == 4
+
+
+def test_padded_shortcut_halves_what_it_can() -> None:
+    build, shape, _ = NETWORKS["shortcut A"]
+    shrunk = halve(randomise(build()), example(*shape))
+    assert shrunk.model.a.out_channels == 4 and shrunk.model.b.out_channels == 12
+
+
+def test_outputs_are_fixed() -> None:
+    model = randomise(nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 5)))
+    plan = analyse(model, example(2, 3))
+    assert set(plan.axes) == {"0.weight", "0.bias", "1.weight"} and list(plan.axes["1.weight"]) == [1]
+
+
+def test_families_name_producers_and_consumers() -> None:
+    build, shape, _ = NETWORKS["residual"]
+    plan = analyse(randomise(build()), example(*shape))
+    (family,) = plan.families
+    assert family.name == "a" and len(family.units) == 8
+    assert family.producers == (("a.weight", 0), ("b.weight", 0))
+    assert set(family.consumers) == {("b.weight", 1), ("c.weight", 1)}
+    assert set(family.others) == {("a.bias", 0), ("b.bias", 0)}
+    assert np.array_equal(plan.axes["b.weight"][0], plan.axes["b.weight"][1])
+
+
+def test_analysis_leaves_the_model_alone() -> None:
+    model = randomise(nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), conv(8, 4))).train()
+    model[1].eval()
+    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    generator = torch.get_rng_state()
+    analyse(model, example(1, 3, 4, 4))
+    assert modes == [m.training for m in model.modules()] and torch.equal(generator, torch.get_rng_state())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(hasattr(p, "_prune_marks") for p in model.parameters())
+
+
+def test_model_that_does_not_run_is_refused_in_one_line() -> None:
+    with pytest.raises(SurgeryError, match="does not run on the example input") as caught:
+        analyse(randomise(nn.Sequential(conv(3, 8), conv(8, 4))), example(1, 5, 4, 4))
+    assert "\n" not in str(caught.value)
+
+
+@given(st.integers(1, 300), st.integers(0, 100))
+def test_ratio_is_exact(n: int, percent: int) -> None:
+    assert removed(percent / 100, n) == percent * n // 100
+
+
+def test_ratio_outside_the_unit_interval_is_refused() -> None:
+    with pytest.raises(SurgeryError, match=r"fraction removed"):
+        removed(1.5, 10)
+
+
+def test_select_is_stable_and_leaves_one_unit() -> None:
+    plan = analyse(randomise(nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 5))), example(2, 3))
+    keep = select(plan, np.zeros(plan.size), 0.5)
+    assert keep[plan.families[0].units].tolist() == [False] * 4 + [True] * 4
+    assert select(plan, None, 1.0)[plan.families[0].units].sum() == 1
+    assert select(plan, None, {"0": 0.25})[plan.families[0].units].sum() == 6
+    with pytest.raises(SurgeryError, match="one score per unit"):
+        select(plan, np.zeros(3), 0.5)
+
+
+@pytest.mark.parametrize("name", ["chain", "grouped", "transposed", "multiplier", "multihead attention", "heads", "einsum",
+                                  "NHWC flatten", "squeeze excite", "conv3d"])  # fmt: skip
+def test_counting_equals_counting_the_built_network(name: str) -> None:
+    build, shape, _ = NETWORKS[name]
+    model = randomise(build())
+    shrunk = halve(model, example(*shape))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for network, keep in ((model, shrunk.plan.everything()), (shrunk.model, shrunk.keep)):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                copy.deepcopy(network).to("meta")(example(*shape).to("meta"))
+            cost = shrunk.plan.count(keep)
+            assert 2 * cost.macs == counter.get_total_flops()
+            layers = shrunk.plan.count_layers(keep).values()
+            assert (sum(c.params for c in layers), sum(c.macs for c in layers)) == (cost.params, cost.macs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+# ------------------------------------------------------------------------------------ random graphs
+
+
+class Graph(nn.Module):
+    """A random directed graph of image operators."""
+
+    def __init__(self, steps: list[tuple[str, int, int]]) -> None:
+        super().__init__()
+        self.steps, self.layers, widths = steps, nn.ModuleList(), [4]
+        self.stem = conv(3, 4)
+        for kind, first, second in steps:
+            a, b = widths[first % len(widths)], widths[second % len(widths)]
+            layer: nn.Module = nn.Identity()
+            width = a
+            if kind == "conv":
+                width = 4 + 2 * (second % 4)
+                layer = conv(a, width, 3)
+            elif kind == "bn":
+                layer = nn.BatchNorm2d(a)
+            elif kind == "depthwise":
+                layer = conv(a, a, 3, groups=a)
+            elif kind == "grouped":
+                layer = conv(a, a, 1, groups=2)
+            elif kind == "cat":
+                width = a + b
+            elif kind == "split":
+                width = a // 2 if a % 2 == 0 else a
+            elif kind == "add":
+                layer = conv(b, a, 1)
+            self.layers.append(layer)
+            widths.append(width if width % 2 == 0 else a)
+            if width % 2:  # keep every width even, so that groups of two fit
+                self.layers[-1] = conv(width, a, 1)
+        self.head = conv(widths[-1], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [self.stem(x)]
+        for (kind, first, second), layer in zip(self.steps, self.layers, strict=True):
+            a, b = values[first % len(values)], values[second % len(values)]
+            if kind == "cat":
+                a = torch.cat([a, b], 1)
+            elif kind == "split" and a.shape[1] % 2 == 0:
+                left, right = a.chunk(2, 1)
+                a = left * right.sigmoid()
+            elif kind == "shuffle":
+                a = shuffle(a, 2)
+            elif kind == "relu":
+                a = F.relu(a)
+            values.append(a + layer(b) if kind == "add" else layer(a))
+        return self.head(values[-1])
+
+
+KINDS = ["conv", "bn", "add", "cat", "split", "depthwise", "shuffle", "grouped", "relu"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8),
+       st.sampled_from([0.25, 0.5, 0.8]))  # fmt: skip
+def test_random_graphs_shrink_exactly(steps: list[tuple[str, int, int]], ratio: float) -> None:
+    halve(randomise(Graph(steps)), example(1, 3, 4, 4), ratio)

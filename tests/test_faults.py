@@ -1,0 +1,252 @@
+"""What a run survives: kill -9, signals, damaged files, two processes at once, folders that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+
+from prune_cli.store import Store
+from tests.conftest import ROOT
+
+QUICK = ("run", "recipe=quickstart", "limit_batches=2", "train.epochs=1", "finetune.epochs=1", "latency=false")
+
+# Every kind of stage, each long enough to be hit: soft and hard pruning with training, and distillation.
+LONG = (
+    "run", "recipe=lenet_digits_irre", "model=lenet5", "deterministic=true", "device=cpu", "latency=false",
+    "stages=[train,prune,finetune]", "distillation=hinton", "train.epochs=8", "schedule.epochs=8",
+    "schedule.retrain_epoch=4", "schedule.prune_freq=2", "finetune.epochs=8", "finetune.fit.ema=0.99",
+    "train.fit.checkpoint_seconds=0", "prune.fit.checkpoint_seconds=0", "finetune.fit.checkpoint_seconds=0",
+)  # fmt: skip
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """The sha256 of every stage's weights and masks, from the manifests."""
+    stages = [path for path in folder.iterdir() if path.is_dir()]
+    return {
+        f"{path.name}/{name}": checksum
+        for path in stages
+        for name, checksum in json.loads((path / "manifest.json").read_text())["files"].items()
+        if name.endswith(".safetensors")
+    }
+
+
+def folder_of(out: str) -> Path:
+    return Path(out.strip().splitlines()[-1])
+
+
+def wait_for(process: subprocess.Popen, text: str) -> str:
+    """Reads stderr until a line has the text."""
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if text in line:
+            return line
+    raise AssertionError("".join(seen))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, str]:
+    """The checksums of a run that nothing happened to."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    done = subprocess.run(
+        [sys.executable, "-m", "prune_cli", *LONG],
+        cwd=place, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = sums(place / folder_of(done.stdout))
+    assert len(found) == 5
+    return found
+
+
+@pytest.mark.parametrize("stage", ["train", "prune", "finetune"])
+def test_kill_nine_then_the_same_command_ends_with_the_same_bytes(spawn, undisturbed, stage):
+    process = spawn(*LONG)
+    wait_for(process, f"{stage}: starting")
+    time.sleep(random.Random(stage).uniform(0.2, 2.0))
+    process.kill()
+    process.wait()
+    again = spawn(*LONG)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    earlier = ["train", "prune", "finetune"].index(stage)
+    assert err.count("taken from the store") >= earlier, "what was finished before the kill must not be lost"
+    assert sums(folder_of(out)) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_write_a_resumable_checkpoint_and_exit_with_75(spawn, undisturbed, workplace, number):
+    slow = [text.replace("checkpoint_seconds=0", "checkpoint_seconds=999") for text in LONG]
+    process = spawn(*slow)
+    wait_for(process, "train: starting")
+    time.sleep(3.0)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the machine finished the run before the signal")
+    assert process.returncode == 75, err
+    assert "the same command goes on there" in err.strip().splitlines()[-1]
+    assert len(list(workplace.glob("outputs/store/*.partial/*/manifest.json"))) == 1
+    again = spawn(*slow)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert "going on from epoch" in err
+    assert sums(folder_of(out)) == undisturbed
+    assert not list(workplace.glob("outputs/store/*.partial"))
+
+
+def test_two_processes_one_computes_and_one_waits(spawn):
+    first, second = spawn(*LONG), spawn(*LONG)
+    outs = [process.communicate(timeout=300) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outs
+    both = outs[0][1] + outs[1][1]
+    assert both.count("train: starting") == both.count("prune: starting") == both.count("finetune: starting") == 1
+    assert sums(folder_of(outs[0][0])) == sums(folder_of(outs[1][0]))
+
+
+def test_one_altered_byte_in_the_store_is_found_and_computed_again(prune, workplace):
+    first = prune(*QUICK)
+    before = sums(first.folder)
+    victims = sorted(workplace.glob("outputs/store/*/weights.safetensors"))
+    for victim in victims:
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    second = prune(*QUICK)
+    assert second.code == 0
+    assert second.err.count("is damaged") == 3
+    assert second.err.count(": starting") == 3
+    assert sums(second.folder) == before
+
+
+def test_a_damaged_unfinished_checkpoint_is_ignored(workplace):
+    slot = Store(workplace).slot("k")
+    slot.save({"a": torch.ones(3)}, {"n": 1})
+    tensors, numbers = slot.load()
+    assert tensors["a"].tolist() == [1, 1, 1]
+    assert numbers == {"n": 1}
+    (path,) = workplace.glob("k.partial/*/weights.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert slot.load() is None
+    assert slot.load() is None
+
+
+def test_evaluate_refuses_an_altered_checkpoint(prune):
+    run = prune(*QUICK)
+    weights = run.folder / "finetune/weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    result = prune("evaluate", str(run.folder))
+    assert result.code == 4
+    assert "damaged" in result.err
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "other", "pickle", "empty"])
+def test_bad_weights_are_refused_before_training(prune, workplace, how):
+    from prune_cli.models.lenet import lenet5, lenet_300_100
+
+    file = workplace / "weights.pt"
+    torch.save(lenet5(num_classes=10, in_shape=(1, 8, 8)).state_dict(), file)
+    content = bytearray(file.read_bytes())
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "altered":
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content)
+    elif how == "other":
+        torch.save(lenet_300_100(num_classes=10, in_shape=(1, 8, 8)).state_dict(), file)
+    elif how == "empty":
+        file.write_bytes(b"")
+    else:
+        torch.save({"a": _Malicious(workplace / "touched")}, file)
+    result = prune(*QUICK, f"model.weights={file}")
+    assert result.code == 4, result.err
+    assert len(result.err.strip().splitlines()) == 1, result.err
+    assert not (workplace / "touched").exists()
+    assert not list(workplace.glob("outputs/store/*"))
+
+
+class _Malicious:
+    """Touches a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_an_output_folder_that_cannot_be_made(prune, workplace):
+    (workplace / "outputs").write_text("a file where a folder should be")
+    result = prune(*QUICK)
+    assert result.code == 6, result.err
+    assert len(result.err.strip().splitlines()) == 1, result.err
+
+
+def test_a_store_that_cannot_be_made(prune, workplace, monkeypatch):
+    (workplace / "file").write_text("")
+    monkeypatch.setenv("PRUNE_STORE", str(workplace / "file/store"))
+    result = prune(*QUICK)
+    assert result.code == 6, result.err
+    assert "PRUNE_STORE" in result.err.strip().splitlines()[-1]
+
+
+def test_a_full_disk_loses_nothing_that_was_finished(workplace):
+    """A limit on file sizes stands in for the full disk: writes of weights fail, small files do not."""
+    small = [*QUICK, "stages=[train]", "threads=1"]
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, "-m", "prune_cli", *small]
+    done = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=limit, env={"PYTHONPATH": str(ROOT), "PATH": ""}
+    )
+    assert done.returncode == 6, done.stderr
+    assert "write" in done.stderr.strip().splitlines()[-1]
+    assert not [path for path in workplace.glob("outputs/store/*") if path.is_dir() and path.suffix != ".lock"]
+
+
+def test_not_finite_loss_stops_the_run_and_keeps_what_was_finished(prune):
+    result = prune(*QUICK, "finetune.optimizer.lr=1e30", "finetune.epochs=3")
+    assert result.code == 5, result.err
+    assert "learning rate" in result.err.strip().splitlines()[-1]
+    assert prune(*QUICK, "stages=[train,prune]").err.count("taken from the store") == 2
+
+
+def test_a_sweep_goes_on_after_a_failed_job(prune, workplace):
+    result = prune(
+        "run", "-m", *QUICK[1:], "stages=[train,prune,finetune]", "finetune.optimizer.lr=1e30,0.01", "finetune.epochs=3"
+    )
+    assert result.code == 5
+    (table,) = workplace.glob("outputs/multirun/*/results.csv")
+    stages = pandas.read_csv(table).groupby("job").stage.apply(list)
+    assert stages[0] == ["train", "prune"]
+    assert stages[1] == ["train", "prune", "finetune"]
+
+
+@pytest.mark.parametrize(("content", "message"), [({}, "no"), ({"a": 3}, "one class")])
+def test_image_folders_without_images_or_with_one_class(prune, workplace, content, message):
+    from PIL import Image
+
+    root = workplace / "images"
+    root.mkdir()
+    for name, count in content.items():
+        (root / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (8, 8)).save(root / name / f"{index}.png")
+    result = prune(*QUICK, "dataset=image_folder", f"dataset.root={root}")
+    assert result.code == 3, result.err
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) == 1

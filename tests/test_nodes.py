@@ -1,0 +1,89 @@
+"""Config nodes: what is wrong is found at once, with the key's path and the nearest right name."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from prune_cli.errors import ConfigError
+from prune_cli.nodes import content_key, resolve
+
+HERE = __name__
+
+
+def scale(value: float, *, factor: float = 2.0, name: str = "x") -> float:
+    return value * factor
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int
+    path: Path | None = None
+
+
+def outer(state: object, *, inner: Inner, sizes: tuple[int, ...] = (), kind: str = "a") -> Inner:
+    return inner
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "own_code", sys.modules[HERE])
+
+
+def test_partial_is_completed_by_its_caller():
+    made = resolve({"_target_": "own_code.scale", "_partial_": True, "factor": 3}, "score")
+    assert isinstance(made, functools.partial)
+    assert made(2.0) == 6.0
+
+
+def test_a_mapping_becomes_the_annotated_dataclass():
+    made = resolve({"_target_": "own_code.outer", "inner": {"size": 3}, "sizes": [1, 2]}, "stage", runtime=("state",))
+    assert made(None) == Inner(3)
+    assert made.keywords["sizes"] == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (
+            {"_target_": "own_code.scale", "_partial_": True, "facto": 3},
+            r"score\.facto: unknown key; did you mean 'factor'",
+        ),
+        ({"_target_": "own_code.scale", "_partial_": True, "factor": "three"}, r"score\.factor: .*number.*'three'"),
+        ({"_target_": "own_code.scal", "_partial_": True}, r"has no 'scal'; did you mean 'scale'"),
+        ({"_target_": "no_such_module.f"}, r"cannot import 'no_such_module'"),
+        ({"_target_": "nothing"}, "not a dotted name"),
+        ({"_target_": "own_code.outer", "inner": {"siez": 3}}, r"score\.inner\.siez: unknown key; did you mean 'size'"),
+        ({"_target_": "own_code.outer", "inner": {}}, r"score\.inner: needs a value for size"),
+        ({"_target_": "own_code.outer", "inner": {"size": 1.5}}, r"score\.inner\.size: .*integer.*1\.5"),
+    ],
+)
+def test_mistakes_are_named_with_their_path(node, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(node, "score", runtime=("state",) if "outer" in node["_target_"] else ())
+    assert "\n" not in str(caught.value)
+
+
+def test_key_changes_with_the_content_of_a_file_and_not_with_its_place(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("x")
+    second.write_text("x")
+    assert content_key({"file": str(first)}) == content_key({"file": str(second)})
+    second.write_text("y")
+    assert content_key({"file": str(first)}) != content_key({"file": str(second)})
+
+
+def test_key_changes_with_the_source_of_user_code(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine.py").write_text("def f():\n    return 1\n")
+    before = content_key({"_target_": "mine.f"})
+    (tmp_path / "mine.py").write_text("def f():\n    return 2\n")
+    sys.modules.pop("mine")
+    assert content_key({"_target_": "mine.f"}) != before

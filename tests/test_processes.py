@@ -1,0 +1,155 @@
+"""Several processes: the same masks and, in float64, the same losses as one process with the whole batch."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from prune_cli.data.fake import fake
+from prune_cli.fit import fit
+from prune_cli.lr_schedules import cosine
+from prune_cli.processes import World, joined, parallel
+from tests.conftest import ROOT
+
+RUN = (
+    "run", "recipe=quickstart", "model=lenet5", "dataset=digits", "device=cpu", "latency=false", "threads=1",
+    "train.epochs=3", "finetune.epochs=2", "granularity.ratio=0.7", "schedule=iterative", "schedule.epochs=3",
+    "schedule.retrain_epoch=2", "schedule.prune_freq=1", "deterministic=true",
+    *(f"{stage}.fit.checkpoint_seconds=0" for stage in ("train", "prune", "finetune")),
+)  # fmt: skip
+
+
+def torchrun(place: Path, *arguments: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
+            "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "prune_cli", *arguments,
+        ],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def rank(place: Path, number: int, port: int, *arguments: str) -> subprocess.Popen:
+    """One rank by hand, as torchrun starts it."""
+    environment = {
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "prune_cli", *arguments],
+        cwd=place, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(3 * 8 * 8, 20), nn.Tanh(), nn.Linear(20, 4)]
+    return nn.Sequential(*layers).double()
+
+
+def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(images.double()), labels)
+
+
+def curve(world: World) -> dict[str, list]:
+    """Losses and final weights of a masked training, with batches that do not divide evenly."""
+    data = fake(shape=(3, 8, 8), num_classes=4, train=50, test=10, val=0)
+    model = network()
+    masks = {"1.weight": torch.rand(20, 192, generator=torch.Generator().manual_seed(1)) > 0.5}
+    optimizer = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)
+    progress = fit(
+        model, data.train(15, 3, shard=world.shard), loss, optimizer=optimizer, lr_schedule=cosine, epochs=4, masks=masks,
+        world=world,
+    )  # fmt: skip
+    return {"loss": [row["loss"] for row in progress.history], "weights": model[1].weight.flatten().tolist()[:50]}
+
+
+def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import json, sys, torch\nfrom tests.test_processes import curve\nfrom prune_cli.processes import joined\n"
+        "with joined(torch.device('cpu')) as world:\n"
+        "    found = curve(world)\n"
+        "    if world.main:\n        print(json.dumps(found))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+         "--rdzv-endpoint=localhost:0", str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two, one = json.loads(done.stdout.strip().splitlines()[-1]), curve(World())
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-10)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-9, abs=1e-14)
+
+
+def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):
+    process = torchrun(tmp_path, *RUN)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err.count("train: starting") == 1, "only rank 0 speaks"
+    folder = tmp_path / out.strip().splitlines()[-1]
+    assert (folder / "results.csv").read_text().count("\n") == 4
+    assert len(list(tmp_path.glob("outputs/quickstart/*"))) == 1
+    # What two processes finished, one finds in the store, and the other way round.
+    alone = subprocess.run(
+        [sys.executable, "-m", "prune_cli", *RUN],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert alone.stderr.count("taken from the store") == 3, alone.stderr
+
+
+def test_a_killed_rank_is_restarted_and_resumes_from_the_store(tmp_path):
+    process = torchrun(tmp_path, *RUN, "finetune.epochs=40", restarts=1)
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if "finetune: starting" in line:
+            break
+    time.sleep(1.0)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert len(children) >= 2
+    os.kill(int(children[-1]), 9)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, "".join(seen) + err
+    assert err.count("taken from the store") == 2
+    assert re.search(r"finetune: going on from epoch \d+", err)
+
+
+def test_ranks_with_different_recipes_are_told(tmp_path):
+    ranks = [rank(tmp_path, 0, 29541, *RUN), rank(tmp_path, 1, 29541, *RUN, "seed=5")]
+    outs = [process.communicate(timeout=120) for process in ranks]
+    assert ranks[0].returncode == 2, outs
+    assert "rank 1 differs" in outs[0][1]
+
+
+def test_a_sweep_in_several_processes_is_refused(tmp_path):
+    process = rank(tmp_path, 0, 29542, "run", "-m", "recipe=quickstart", "seed=0,1")
+    assert process.wait(timeout=60) == 2
+    assert "torchrun runs one job" in process.stderr.read()
+
+
+def test_alone_nothing_is_wrapped():
+    model = network()
+    with joined(torch.device("cpu")) as world, parallel(model, world, sync_norms=True) as forward:
+        assert forward is model
+        assert world == World()
+        assert world.share({"a": 1}) == {"a": 1}
+        assert world.any(True)
