@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prune_cli.errors import ConfigError
 
+PATIENCE = timedelta(minutes=30)  # for a rank that works on something alone
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -119,13 +122,41 @@ def joined(device: torch.device) -> Iterator[World]:
     if not started_by_torchrun():
         yield ALONE
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(_start(store, rank, size), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
         dist.barrier(group=_control())  # nobody takes the connections down while another still uses them
     finally:
         _groups.clear()
         dist.destroy_process_group()
+
+
+def _start(store: Any, rank: int, size: int) -> str:
+    """A name for this start of all ranks, the same on each, that no earlier start had.
+
+    Processes that torchrun restarts find the addresses of the dead ones in its store, under the same keys. So every
+    rank says there that it is new, and rank 0, which no dead rank 0 can answer for, hands each the name it drew.
+    """
+    if rank:
+        own = uuid4().hex
+        store.set(f"prune/joining/{rank}", own)
+        name = str(store.get(f"prune/start/{own}").decode())
+        store.set(f"{name}/{rank}", "here")
+        return name
+    name = f"prune/{uuid4().hex}"
+    missing, until = set(range(1, size)), time.monotonic() + PATIENCE.total_seconds()
+    while missing:
+        if time.monotonic() > until:
+            raise RuntimeError(f"ranks {', '.join(map(str, sorted(missing)))} did not start")
+        for other in sorted(missing):
+            if store.check([f"prune/joining/{other}"]):
+                store.set(f"prune/start/{store.get(f'prune/joining/{other}').decode()}", name)
+        missing = {other for other in missing if not store.check([f"{name}/{other}"])}
+        time.sleep(0.02)
+    return name
 
 
 def local_device(device: torch.device) -> torch.device:

@@ -6,16 +6,20 @@ import functools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from prune_cli import processes
 from prune_cli.data.fake import fake
 from prune_cli.fit import fit
 from prune_cli.lr_schedules import cosine
@@ -42,6 +46,12 @@ def torchrun(place: Path, *arguments: str, processes: int = 2, restarts: int = 0
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def rank(place: Path, number: int, port: int, *arguments: str) -> subprocess.Popen:
@@ -133,15 +143,31 @@ def test_a_killed_rank_is_restarted_and_resumes_from_the_store(tmp_path):
     assert re.search(r"finetune: going on from epoch \d+", err)
 
 
+def test_restarted_ranks_never_meet_the_dead_ones():
+    store = dist.HashStore()
+    starts = []
+    for late in (0, 1, 2):
+        with ThreadPoolExecutor(3) as pool:
+            jobs = {}
+            for number in (*(set(range(3)) - {late}), late):  # one comes after the others have read what is old
+                jobs[number] = pool.submit(processes._start, store, number, 3)
+                time.sleep(0.05)
+            names = {job.result(timeout=30) for job in jobs.values()}
+        assert len(names) == 1
+        starts += names
+    assert len(set(starts)) == 3
+
+
 def test_ranks_with_different_recipes_are_told(tmp_path):
-    ranks = [rank(tmp_path, 0, 29541, *RUN), rank(tmp_path, 1, 29541, *RUN, "seed=5")]
+    port = free_port()
+    ranks = [rank(tmp_path, 0, port, *RUN), rank(tmp_path, 1, port, *RUN, "seed=5")]
     outs = [process.communicate(timeout=120) for process in ranks]
     assert ranks[0].returncode == 2, outs
     assert "rank 1 differs" in outs[0][1]
 
 
 def test_a_sweep_in_several_processes_is_refused(tmp_path):
-    process = rank(tmp_path, 0, 29542, "run", "-m", "recipe=quickstart", "seed=0,1")
+    process = rank(tmp_path, 0, free_port(), "run", "-m", "recipe=quickstart", "seed=0,1")
     assert process.wait(timeout=60) == 2
     assert "torchrun runs one job" in process.stderr.read()
 
