@@ -1,8 +1,8 @@
 """Several processes as one run: `torchrun --nproc-per-node=N -m prune_cli run recipe=...`.
 
 Every process runs the same stages on its shard of each batch. Only rank 0 locks, reads and writes the store and the
-run folder; what it finds or decides is broadcast. Control messages travel on the CPU (gloo), gradients by the backend
-that fits the device (nccl on GPUs).
+run folder; what it finds or decides is broadcast, and what criteria measure on shares of the calibration images is added
+up. Control messages travel on the CPU (gloo), gradients by the backend that fits the device (nccl on GPUs).
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ class World:
         summed = value.detach().double().cpu()
         dist.all_reduce(summed, group=_control())
         return summed
+
+    def add_up(self, value: Tensor) -> None:
+        """Makes a tensor on the run's device the sum over all ranks, in place; the same bits on every rank."""
+        if self.size > 1:
+            dist.all_reduce(value)
 
     def agree(self, what: str, value: str) -> None:
         """Checks that all ranks have the same value.

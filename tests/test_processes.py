@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prune_cli import processes
+from prune_cli.criteria.statistics import collect
 from prune_cli.data.fake import fake
 from prune_cli.fit import fit
 from prune_cli.lr_schedules import cosine
@@ -89,6 +90,40 @@ def curve(world: World) -> dict[str, list]:
     return {"loss": [row["loss"] for row in progress.history], "weights": model[1].weight.flatten().tolist()[:50]}
 
 
+def measured(world: World) -> dict[str, list]:
+    """What criteria measure on a network, each process on its share of 5 batches."""
+    data = fake(shape=(3, 8, 8), num_classes=4, train=50, test=10, val=0)
+    model = network()
+    needs = ("taylor", "gradient", "fisher", "input_norm")
+    batches = [(images.double(), labels) for images, labels in data.calibration(50, 11, shard=world.shard)]
+    found = collect(model, batches, needs, loss, torch.zeros(1, 3, 8, 8).double(), reduce=world.add_up)
+    return {f"{name} {need}": value.flatten().tolist() for name, of in found.items() for need, value in of.items()}
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import json, torch\nfrom tests.test_processes import measured\nfrom prune_cli.processes import joined\n"
+        "with joined(torch.device('cpu')) as world:\n"
+        "    found = measured(world)\n"
+        "    same = world.share(found) == found\n"
+        "    print(json.dumps([world.rank, same, found]), flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+         "--rdzv-endpoint=localhost:0", str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone = measured(World())
+    lines = [json.loads(line) for line in done.stdout.strip().splitlines()]
+    assert sorted(line[0] for line in lines) == [0, 1]
+    for _, same, found in lines:
+        assert same, "bit-equal on every rank"
+        assert found.keys() == alone.keys() and len(found) == 8
+        assert all(found[key] == pytest.approx(alone[key], rel=1e-9, abs=1e-15) for key in alone)
+
+
 def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
     script = tmp_path / "child.py"
     script.write_text(
@@ -109,7 +144,7 @@ def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
 
 
 def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):
-    process = torchrun(tmp_path, *RUN)
+    process = torchrun(tmp_path, *RUN, "criterion=taylor")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert err.count("train: starting") == 1, "only rank 0 speaks"
@@ -118,7 +153,7 @@ def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):
     assert len(list(tmp_path.glob("outputs/quickstart/*"))) == 1
     # What two processes finished, one finds in the store, and the other way round.
     alone = subprocess.run(
-        [sys.executable, "-m", "prune_cli", *RUN],
+        [sys.executable, "-m", "prune_cli", *RUN, "criterion=taylor"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert alone.stderr.count("taken from the store") == 3, alone.stderr

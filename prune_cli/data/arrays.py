@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prune_cli.data.augment import Augment, affine, draw_epoch, normalise, shift_and_flip
 from prune_cli.data.dataset import SPLITS, Batch, Shard
-from prune_cli.data.splits import balanced, check_batch, held_out_count, hold_out, shard_bounds, steps
+from prune_cli.data.splits import balanced, check_batch, dealt, held_out_count, hold_out, shard_bounds, steps
 from prune_cli.errors import ConfigError, DataError
 
 
@@ -85,12 +85,12 @@ class Data:
         check_batch(batch_size, len(self.splits[split]), shard)
         return ArrayLoader(self, self.splits[split], batch_size, shard)
 
-    def calibration(self, n: int, batch_size: int) -> ArrayLoader:
+    def calibration(self, n: int, batch_size: int, *, shard: Shard = (0, 1)) -> ArrayLoader:
         """`n` fixed training images, balanced over the classes; see `dataset.Dataset.calibration`."""
         train = self.splits["train"]
         chosen = balanced(train.labels.cpu().numpy(), n, self.split_seed)
         check_batch(batch_size, len(chosen), (0, 1))
-        return ArrayLoader(self, train.take(chosen), batch_size, (0, 1))
+        return ArrayLoader(self, train.take(dealt(chosen, batch_size, self.limit_batches, shard)), batch_size, (0, 1))
 
     def limit(self, batches: int | None) -> Data:
         """A copy that stops every epoch and evaluation after `batches` batches."""

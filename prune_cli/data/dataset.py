@@ -109,8 +109,12 @@ class Dataset(Protocol):
         """
         ...
 
-    def calibration(self, n: int, batch_size: int) -> Loader:
-        """`n` fixed training images (or all there are), classes as equal as possible, not augmented."""
+    def calibration(self, n: int, batch_size: int, *, shard: Shard = (0, 1)) -> Loader:
+        """`n` fixed training images (or all there are), classes as equal as possible, not augmented.
+
+        Args:
+            shard: batches are dealt out whole, so that all shards together have the very batches of one.
+        """
         ...
 
     def limit(self, batches: int | None) -> Dataset:

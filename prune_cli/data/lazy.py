@@ -21,7 +21,7 @@ from prune_cli.data.arrays import check_limit, check_split
 from prune_cli.data.augment import affine, normalise
 from prune_cli.data.dataset import Batch, Shard
 from prune_cli.data.files import Files, centre, read_image, to_pixels
-from prune_cli.data.splits import balanced, check_batch, generator, shard_bounds, steps
+from prune_cli.data.splits import balanced, check_batch, dealt, generator, shard_bounds, steps
 from prune_cli.errors import ConfigError, DataError
 
 _RATIO = (3 / 4, 4 / 3)  # width over height of a random crop, before it is resized
@@ -103,12 +103,12 @@ class LazyData:
         check_batch(batch_size, len(self.splits[split]), shard)
         return LazyLoader(self, self.splits[split], batch_size, shard)
 
-    def calibration(self, n: int, batch_size: int) -> LazyLoader:
+    def calibration(self, n: int, batch_size: int, *, shard: Shard = (0, 1)) -> LazyLoader:
         """Centre crops of `n` fixed training images; see `dataset.Dataset.calibration`."""
         train = self.splits["train"]
-        chosen = train.take(balanced(train.labels, n, self.split_seed))
+        chosen = balanced(train.labels, n, self.split_seed)
         check_batch(batch_size, len(chosen), (0, 1))
-        return LazyLoader(self, chosen, batch_size, (0, 1))
+        return LazyLoader(self, train.take(dealt(chosen, batch_size, self.limit_batches, shard)), batch_size, (0, 1))
 
     def limit(self, batches: int | None) -> LazyData:
         """A copy that stops every epoch and evaluation after `batches` batches."""

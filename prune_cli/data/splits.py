@@ -81,6 +81,13 @@ def balanced(labels: np.ndarray, count: int, *key: int | str) -> np.ndarray:
     return np.lexsort((rng.permutation(len(labels)), turn))[:count]
 
 
+def dealt(indices: np.ndarray, batch_size: int, limit: int | None, shard: Shard) -> np.ndarray:
+    """A shard's indices where whole batches are dealt out in turn, of the first `limit` batches."""
+    rank, world = shard
+    batches = np.arange(len(indices)) // batch_size
+    return indices[(batches % world == rank) & (batches < (len(indices) if limit is None else limit))]
+
+
 def check_batch(batch_size: int, total: int, shard: Shard) -> None:
     """Refuses batch sizes and shards for which some batch of some process would be empty.
 

@@ -197,14 +197,19 @@ def _mask(
 def statistics_of(state: State, criterion: Criterion, granularity: Granularity, calibration: Calibration) -> Statistics:
     """What the criterion needs, measured on the network as it is now, with its loss on the labels alone."""
     images = requirements.needs_images(criterion)
+    batches = state.data.calibration(calibration.images, calibration.batch_size) if images else ()
+    shared = state.world.size > 1 and len(batches) >= state.world.size  # else every rank sees all of them
+    if shared:
+        batches = state.data.calibration(calibration.images, calibration.batch_size, shard=state.world.shard)
     return collect(
         state.model,
-        state.data.calibration(calibration.images, calibration.batch_size) if images else (),
+        batches,
         criterion.needs,
         learning.cross_entropy(0.0),
         state.example_inputs(),
         at=criterion.at,
         names=list(granularity.ratios(state.model)),
+        reduce=state.world.add_up if shared else None,
     )
 
 

@@ -115,6 +115,14 @@ def test_evaluation_is_in_order_plain_and_repeatable() -> None:
     assert len(loader) == 4
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+def test_shards_of_calibration_have_the_batches_of_one(limit: int | None) -> None:
+    data = numbered().limit(limit)
+    whole = [numbers(x) for x, _ in data.calibration(18, 4)]
+    dealt = [[numbers(x) for x, _ in data.calibration(18, 4, shard=(rank, 2))] for rank in range(2)]
+    assert dealt == [whole[0::2], whole[1::2]]
+
+
 def test_calibration_is_balanced_fixed_and_plain() -> None:
     data = numbered(augment=Augment(2, True))
     first = list(data.calibration(10, 4))
