@@ -51,6 +51,7 @@ class Row:
     ratio_prunable: float | None
     ratio_channels: float | None
     ratio_total: float
+    ratio_conv: float | None
     sparsity: float
     params: int
     params_nonzero: int

@@ -15,6 +15,7 @@ from prune_cli.artifacts import Row
 from prune_cli.granularities.latency import layer_times
 from prune_cli.state import State
 
+CONV = "Conv"  # in the class name of every convolution
 LATENCIES = ("latency_ms_b1", "latency_p95_ms_b1", "latency_ms_b64", "latency_p95_ms_b64", "throughput_b64")
 
 
@@ -33,6 +34,8 @@ def measure_stage(state: State, seconds: float, latency: bool) -> dict[str, Any]
         "acc1_val": val,
         "params": cost.params,
         "params_nonzero": cost.params - removed,
+        "conv_params": sum(layer.params for layer in cost.layers if CONV in layer.kind),
+        "conv_params_nonzero": sum(layer.params_nonzero for layer in cost.layers if CONV in layer.kind),
         "macs": cost.macs,
         "macs_nonzero": cost.macs_nonzero,
         "bytes": cost.bytes,
@@ -97,6 +100,7 @@ def row(
     key: str,
 ) -> Row:
     params = (dense or facts)["params"]
+    of_convs = (dense or facts)["conv_params"]
     nonzero = facts["params_nonzero"]
     return Row(
         recipe=labels["recipe"],
@@ -112,6 +116,7 @@ def row(
         ratio_prunable=facts["ratio_prunable"],
         ratio_channels=facts.get("ratio_channels"),
         ratio_total=1 - nonzero / params,
+        ratio_conv=1 - facts["conv_params_nonzero"] / of_convs if of_convs else None,
         sparsity=1 - nonzero / facts["params"],
         params=facts["params"],
         params_nonzero=nonzero,
