@@ -102,7 +102,7 @@ def test_residuals_by_hand():
 def test_residuals_fall_to_zero_on_a_convex_loss_and_the_best_sparse_vector_is_found(rho):
     """f(w) = |w - a|^2 / 2 over vectors with two entries: the two largest of a; rho is above the curvature."""
     target = torch.tensor([0.3, -2.0, 0.9, 1.5, -0.1]).double()
-    model = Vector(1.0, 1.0, 1.0, 1.0, 1.0)
+    model = Vector(*target.tolist())  # trained, as the network that is pruned
     project, split, found = largest(2)(model), None, []
     for _ in range(60):
         before, split = split, step({"w": model.w.detach()}, split, project)
