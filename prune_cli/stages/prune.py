@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from prune_cli import fit as loop
 from prune_cli import masks as masking
 from prune_cli.criteria import requirements
 from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.movement import Movement, moved
 from prune_cli.criteria.statistics import Calibration, Statistics, collect
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
@@ -117,7 +118,8 @@ def prune(
             _split(state, course, request, criterion, granularity, constraints, calibration)
         elif isinstance(request, Train):
             loss = loss or learning.objective(state, distillation, label_smoothing)
-            _train(state, course, request, loss, batch_size, optimizer, lr_schedule, fit)
+            moving = list(granularity.ratios(state.model)) if "movement" in criterion.needs else []
+            _train(state, course, request, loss, moving, batch_size, optimizer, lr_schedule, fit)
         course.memo = memo
         course.keep(state)
     facts = course.facts
@@ -173,10 +175,16 @@ def check(
             f"{state.stage}.fit.select_on={fit.select_on}: masks change during pruning, so only the last epoch has "
             "all of them; select on a split in finetune instead"
         )
-    schedule(None)
     granularity.check(state.model, criterion, state.example_inputs())
-    requirements.check(criterion, granularity, state.model, state.data, state.example_inputs())
+    requirements.check(
+        criterion, granularity, state.model, state.data, state.example_inputs(), trained=_trains_first(schedule)
+    )
     _check_coupling(state, granularity)
+
+
+def _trains_first(schedule: Schedule) -> bool:
+    """Whether a schedule trains before it first asks for scores; its parameters are checked by asking."""
+    return isinstance(schedule(None)[1], Train)
 
 
 def _check_coupling(state: State, granularity: Granularity) -> None:
@@ -207,7 +215,7 @@ def _mask(
 ) -> Selection:
     # What an earlier stage removed stays removed; what this one did, only where the schedule says so.
     held: Mapping[str, Tensor] = (course.masks or state.masks) if request.monotone else state.masks
-    statistics = statistics_of(state, criterion, granularity, calibration)
+    statistics = _statistics(state, course, criterion, granularity, calibration)
     selection = _select(state, granularity, criterion, statistics, held, request.share)
     log.info("%s: removed %d of %d units", state.stage, selection.removed, selection.units)
     return selection
@@ -253,7 +261,7 @@ def _split(
     for constraint in constraints:
         scored = constraint.criterion or criterion
         units = replace(granularity, units=constraint.units)
-        statistics = statistics_of(state, scored, units, calibration)
+        statistics = _statistics(state, course, scored, units, calibration)
 
         def project(values: admm.Weights, scored=scored, units=units, statistics=statistics) -> Mapping[str, Tensor]:
             with admm.substituted(state.model, values):
@@ -272,6 +280,17 @@ def _split(
             log.info("%s: iteration %d, %s: primal residual %.4f%s, rho %g",
                      state.stage, last, constraint.name, found[-1].primal, dual, request.rho)  # fmt: skip
     course.splits, course.rho = splits, request.rho
+
+
+def _statistics(
+    state: State, course: _Course, criterion: Criterion, granularity: Granularity, calibration: Calibration
+) -> Statistics:
+    """What the criterion needs: measured on the network as it is now, and summed up while it trained."""
+    found = statistics_of(state, criterion, granularity, calibration)
+    if "movement" in criterion.needs and course.progress:
+        for name in found:
+            found[name]["movement"] = moved(course.progress.memory, name, state.device)
+    return found
 
 
 def statistics_of(state: State, criterion: Criterion, granularity: Granularity, calibration: Calibration) -> Statistics:
@@ -293,6 +312,7 @@ def _train(
     course: _Course,
     request: Train,
     loss: loop.Loss,
+    moving: Sequence[str],
     batch_size: int,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
@@ -301,10 +321,23 @@ def _train(
     def save(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         state.keep(course.tensors(tensors), course.numbers(numbers, trained=True))
 
-    pull = None
+    progress = course.progress or Progress()
+
+    def rate() -> float:
+        assert progress.optimizer is not None
+        return float(progress.optimizer.param_groups[0]["lr"])
+
+    hooks: list[loop.Regularise] = []  # movement is that of the loss, so it comes before anything is added
+    if moving:
+        hooks.append(Movement(state.model, moving, rate))
     if request.pull:
         assert course.rho is not None, "a schedule splits before it pulls"
-        pull = admm.Pull(state.model, list(course.splits.values()), course.rho)
+        hooks.append(admm.Pull(state.model, list(course.splits.values()), course.rho))
+
+    def regularise(step: int, memory: dict[str, Tensor]) -> None:
+        for hook in hooks:
+            hook(step, memory)
+
     course.progress = learning.learn(
         state,
         loss,
@@ -315,8 +348,8 @@ def _train(
         lr_schedule=lr_schedule,
         options=options,
         masks=course.masks if request.enforce else state.masks,
-        regularise=pull,
-        progress=course.progress,
+        regularise=regularise if hooks else None,
+        progress=progress,
         save=save,
     )
 

@@ -50,7 +50,20 @@ def test_iterative_ends_masked_also_at_the_edges(epochs, retrain, frequency, exp
     )
 
 
+def test_iterative_may_train_before_the_first_mask():
+    made = requests(functools.partial(iterative, epochs=6, retrain_epoch=4, prune_freq=2, start=3))
+    assert made == [
+        Train(3, 6, enforce=False), Mask(monotone=False), Train(4, 6, enforce=False), Mask(monotone=False),
+        Train(6, 6), Done(),
+    ]  # fmt: skip
+    made = requests(functools.partial(iterative, epochs=6, retrain_epoch=4, prune_freq=2, start=4))
+    assert made == [Train(4, 6, enforce=False), Mask(monotone=False), Train(6, 6), Done()]
+
+
 def test_iterative_refuses_impossible_numbers():
+    for start in (-1, 6):
+        with pytest.raises(ConfigError, match="start"):
+            iterative(None, epochs=10, retrain_epoch=5, prune_freq=1, start=start)
     with pytest.raises(ConfigError, match="retrain_epoch"):
         iterative(None, epochs=10, retrain_epoch=11, prune_freq=1)
     with pytest.raises(ConfigError, match="prune_freq"):
