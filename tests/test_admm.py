@@ -242,3 +242,12 @@ def test_a_weight_that_a_later_choice_leaves_whole_goes_on_with_a_dual_of_zero()
     after = step({"w": value}, before, lambda values: {})
     assert after.z["w"].tolist() == [1.5, 2.0]
     assert after.u["w"].tolist() == [0.0, 0.0]
+
+
+def test_the_library_counts_no_kernels_that_are_gone():
+    model = network()
+    with torch.no_grad():
+        model[0].weight[1:] = 0
+        model[0].weight[0] = torch.tensor([9.0, 8, 7, 1, 5, 1, 1, 1, 1]).view(3, 3)
+    whole, _ = Granularity(Pattern(library=1), **of_first(ratio=0.6)).split(model)
+    assert torch.nonzero(whole.units.patterns[0]).flatten().tolist() == [0, 1, 2, 4]

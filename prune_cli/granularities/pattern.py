@@ -112,9 +112,8 @@ class Pattern:
         only that is the projection onto the first set; kernels go by the criterion, which with l2 projects as well.
         """
         asked = fitting(model, ratios, is_3x3, "pattern", NEEDS)
-        library = self.patterns(
-            model.get_parameter(name).detach().square() for name, ratio in asked.items() if ratio > 0
-        )
+        weights = [model.get_parameter(name).detach() for name, ratio in asked.items() if ratio > 0]
+        library = self.patterns(weight.square().masked_fill(weight == 0, float("-inf")) for weight in weights)
         patterns = _OneLibrary(replace(self, connectivity_ratio=0.0), library)
         sets = Constraint("pattern", patterns, Criterion(l2)), Constraint("connectivity", _Connectivity(self))
         return _OneLibrary(self, library), sets
