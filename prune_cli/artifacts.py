@@ -6,6 +6,7 @@ Nothing here can run code when it is opened: tensors are safetensors, the rest i
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -161,6 +162,15 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows([{key: "" if row.get(key) is None else row[key] for key in columns} for row in rows])
+
+
+def table(kind: type, rows: Sequence[Any]) -> str:
+    """CSV of instances of a dataclass; None is an empty cell and floats keep every digit."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:

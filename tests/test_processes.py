@@ -159,6 +159,13 @@ def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):
     assert alone.stderr.count("taken from the store") == 3, alone.stderr
 
 
+def test_criteria_that_read_norm_statistics_choose_the_same_masks_on_every_rank(tmp_path):
+    network = ("model=resnet20", "model.depth=8", "model.widths=[4,8,8]", "limit_batches=3")
+    process = torchrun(tmp_path, *RUN, *network, "criterion=taylor", "stages=[train,prune]", "prune.batch_size=32")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+
+
 def test_a_killed_rank_is_restarted_and_resumes_from_the_store(tmp_path):
     process = torchrun(tmp_path, *RUN, "finetune.epochs=40", restarts=1)
     seen = []

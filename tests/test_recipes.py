@@ -28,6 +28,8 @@ def short(prune, monkeypatch):
             cut += ["dataset.image_size=64", "dataset.resize=64"]
         if "retrain_epoch" in config["schedule"]:
             cut += ["schedule.epochs=2", "schedule.retrain_epoch=1", "schedule.prune_freq=1"]
+        if "iterations" in config["schedule"]:
+            cut += ["schedule.iterations=2", "schedule.epochs_per_iteration=1", "schedule.retrain_epochs=0"]
         return prune("run", *arguments, *cut, *TINY)
 
     return call

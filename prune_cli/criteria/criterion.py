@@ -15,6 +15,8 @@ is legal, and `statistics.collect` measures exactly that:
       fisher           like the weight: mean over images, one at a time, of g ** 2
     measured without images
       synaptic_flow    like the weight: share of the network's flow that passes the weight
+    summed up while the prune stage trains
+      movement         like the weight: sum over steps of -lr * g * w
     known from the network and the request
       norm             `LayerView.norm`
       n_keep           `LayerView.n_keep`
@@ -34,7 +36,7 @@ At = Literal["post_act", "pre_norm"]
 
 Need = Literal[
     "not_positive", "mean", "rank", "input_norm", "gradient", "taylor", "taylor_filter", "taylor_gate", "fisher",
-    "synaptic_flow", "norm", "n_keep",
+    "synaptic_flow", "movement", "norm", "n_keep",
 ]  # fmt: skip
 
 

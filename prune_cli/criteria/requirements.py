@@ -15,7 +15,7 @@ from prune_cli.errors import ConfigError
 from prune_cli.granularities import targets
 from prune_cli.granularities.granularity import Granularity
 
-KNOWN = {"norm", "n_keep"}  # of the network and the request: nothing is measured for these
+KNOWN = {"norm", "n_keep", "movement"}  # of network, request and training: nothing is measured for these
 WITHOUT_IMAGES = {"synaptic_flow"}
 MEASURED = frozenset(get_args(Need)) - KNOWN
 OF_RUNNING_LAYERS = {"not_positive", "mean", "rank", "input_norm"}
@@ -28,9 +28,18 @@ def needs_images(criterion: Criterion) -> bool:
 
 
 def check(
-    criterion: Criterion, granularity: Granularity, model: nn.Module, data: Dataset, example_inputs: Tensor
+    criterion: Criterion,
+    granularity: Granularity,
+    model: nn.Module,
+    data: Dataset,
+    example_inputs: Tensor,
+    *,
+    trained: bool = False,
 ) -> None:
     """Refuses what the criterion cannot score.
+
+    Args:
+        trained: whether the stage will have trained the network when it first scores.
 
     Raises:
         ConfigError: says why and what would be legal.
@@ -41,6 +50,11 @@ def check(
         raise ConfigError(
             f"granularity.{key} finds out from the scores how many filters a layer keeps, but this criterion needs that "
             "number to score them; choose granularity.scope=layer with a ratio, or another criterion"
+        )
+    if "movement" in needs and not trained:
+        raise ConfigError(
+            "criterion: needs training before the first scores, as it sums up how weights move meanwhile; choose "
+            "schedule=iterative with schedule.start of at least 1 in a prune stage, or another criterion"
         )
     if needs_images(criterion) and not data.sizes.get("train", 0):
         raise ConfigError(

@@ -167,7 +167,7 @@ def collect(
         ConfigError: the network's operators differ from batch to batch.
     """
     names = list(names) if names is not None else [f"{name}.weight" for name in targets.layers(model)]
-    chosen = [need for need in needs if need not in ("norm", "n_keep", "synaptic_flow")]
+    chosen = [need for need in needs if need not in ("norm", "n_keep", "movement", "synaptic_flow")]
     found: Statistics = {name: {} for name in names}
     if "synaptic_flow" in needs:
         for name, value in synaptic_flow(model, example_inputs, names).items():

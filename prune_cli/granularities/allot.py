@@ -66,7 +66,7 @@ class Group:
 
     name: str
     scores: Tensor
-    ratio: float
+    ratio: float | Fraction
     mask: Callable[[Tensor], dict[str, Tensor]]
     choose: Callable[[Fraction], Tensor] | None = None
     layers: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Protocol, runtime_checkable
@@ -76,6 +76,29 @@ class Coupled(Protocol):
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """One of the sets that masked weights must lie in; ADMM projects onto each by itself.
+
+    Attributes:
+        name: for tables.
+        units: whose masks are the projection.
+        criterion: whose scores choose them, where only a certain one's do; None = the run's.
+    """
+
+    name: str
+    units: Units
+    criterion: Criterion | None = None
+
+
+@runtime_checkable
+class Intersection(Protocol):
+    """Units whose masks lie in several sets at once, each of which is easy to project onto."""
+
+    def constraints(self, model: nn.Module, ratios: Mapping[str, float | str]) -> tuple[Units, tuple[Constraint, ...]]:
+        """Units that choose masks in all sets, and the sets; what depends on weights is that of the network as it is."""
+
+
+@dataclass(frozen=True)
 class Granularity:
     """A granularity option: the units and how many of them go.
 
@@ -124,6 +147,16 @@ class Granularity:
         if not self.ratio_file and not any(not rule.exclude for rule in rules):
             return frozenset()
         return frozenset(targets.ratios(model, self.ratio, rules, self.ratio_file)) & frozenset(self.ratios(model))
+
+    def split(self, model: nn.Module) -> tuple[Granularity, tuple[Constraint, ...]]:
+        """For ADMM: the granularity whose masks lie in all constraint sets, and the sets; most have just themselves.
+
+        What a set takes from weights (the patterns of a library) is taken from the network as it is, once and for all.
+        """
+        if not isinstance(self.units, Intersection):
+            return self, (Constraint("units", self.units),)
+        units, sets = self.units.constraints(model, self.ratios(model))
+        return replace(self, units=units), sets
 
     def check(self, model: nn.Module, criterion: Criterion, example_inputs: Tensor | None = None) -> None:
         """Refuses what makes no sense for this network and criterion.
@@ -235,7 +268,7 @@ def select(
     units = sum(keep.numel() for keep in keeps)
     requested = None
     if granularity.budget is None:
-        requested = sum(group.ratio * group.scores.numel() for group in groups) / max(units, 1)
+        requested = float(sum(group.ratio * group.scores.numel() for group in groups) / max(units, 1))
     gone = units - sum(int(keep.sum()) for keep in keeps)
     return Selection(combined(model, groups, keeps), units, gone, requested, *_channels(groups, keeps))
 

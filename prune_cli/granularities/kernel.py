@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -36,14 +37,19 @@ class Kernel:
     def groups(self, context: Context) -> list[Group]:
         """One group per convolution."""
         asked = fitting(context.model, context.ratios, many_positions, "kernel", NEEDS)
-        return [_group(context, name, ratio) for name, ratio in asked.items()]
+        return [group(context, name, ratio) for name, ratio in asked.items()]
 
     def storage(self, mask: Tensor, shape: Sequence[int], asked: float | str, bits: int = 32) -> Storage:
         """Bytes of one weight: the kept kernels' values and one bit per kernel; linear layers as single weights."""
         return storage.kernel(mask, shape, bits) if len(shape) > 2 else storage.element(mask, shape, bits)
 
 
-def _group(context: Context, name: str, ratio: float) -> Group:
+def group(context: Context, name: str, ratio: float | Fraction) -> Group:
+    """The kernels of one convolution, each with the sum of its scores.
+
+    Args:
+        ratio: fraction of the kernels to remove.
+    """
     scores = context.scores[name]
     pooled = scores.flatten(2).sum(2)
     if name in context.masked:

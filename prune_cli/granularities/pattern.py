@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Annotated, Literal
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from prune_cli.channels import removed
 from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.weights import l2
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import storage
+from prune_cli.granularities import kernel, storage
 from prune_cli.granularities.allot import Group
-from prune_cli.granularities.granularity import Context
+from prune_cli.granularities.granularity import Constraint, Context, Units
 from prune_cli.granularities.spatial import check_scores, fitting
 from prune_cli.granularities.storage import Storage
 from prune_cli.granularities.targets import Ratio
@@ -91,10 +92,31 @@ class Pattern:
 
     def groups(self, context: Context) -> list[Group]:
         """One group of single weights per convolution with 3x3 kernels, all with the same library."""
+        return self.assigned(context, None)
+
+    def assigned(self, context: Context, patterns: Tensor | None) -> list[Group]:
+        """The groups for a library; None = that of the scores."""
         asked = fitting(context.model, context.ratios, is_3x3, "pattern", NEEDS)
         scores = {name: _known(context, name) for name, ratio in asked.items() if ratio > 0}
-        patterns = self.patterns(scores.values())
-        return [self._group(context, name, values, asked[name], patterns) for name, values in scores.items()]
+        table = self.patterns(scores.values()) if patterns is None else patterns
+        return [self._group(context, name, values, asked[name], table) for name, values in scores.items()]
+
+    def connectivity(self, ratio: float) -> Fraction:
+        """The fraction of a layer's kernels that go as a whole."""
+        return 1 - (1 - self.goal(ratio)) / self.kept if ratio > 0 else Fraction(0)
+
+    def constraints(self, model: nn.Module, ratios: Mapping[str, float | str]) -> tuple[Units, tuple[Constraint, ...]]:
+        """The two sets of section 4.3: every kernel in a pattern of the library, and so many kernels that are zero.
+
+        The library is that of the network as it is. Patterns are assigned by squares, whatever the criterion, because
+        only that is the projection onto the first set; kernels go by the criterion, which with l2 projects as well.
+        """
+        asked = fitting(model, ratios, is_3x3, "pattern", NEEDS)
+        weights = [model.get_parameter(name).detach() for name, ratio in asked.items() if ratio > 0]
+        library = self.patterns(weight.square().masked_fill(weight == 0, float("-inf")) for weight in weights)
+        patterns = _OneLibrary(replace(self, connectivity_ratio=0.0), library)
+        sets = Constraint("pattern", patterns, Criterion(l2)), Constraint("connectivity", _Connectivity(self))
+        return _OneLibrary(self, library), sets
 
     def patterns(self, scores: Iterable[Tensor]) -> Tensor:
         """The library, (patterns, 9) bool.
@@ -128,6 +150,34 @@ class Pattern:
         entries = int(self.kept * POSITIONS)
         count = len(FIXED5) if self.pattern_set == "fixed5" else self.library
         return storage.pattern(mask, shape, entries, count, bits)
+
+
+@dataclass(frozen=True)
+class _OneLibrary:
+    """Patterns of a library that stays, whatever the scores."""
+
+    units: Pattern
+    patterns: Tensor
+
+    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
+        self.units.check(model, ratios, criterion)
+
+    def groups(self, context: Context) -> list[Group]:
+        return self.units.assigned(context, self.patterns)
+
+
+@dataclass(frozen=True)
+class _Connectivity:
+    """The whole kernels that go beside patterns, as units of their own."""
+
+    units: Pattern
+
+    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
+        self.units.check(model, ratios, criterion)
+
+    def groups(self, context: Context) -> list[Group]:
+        asked = fitting(context.model, context.ratios, is_3x3, "pattern", NEEDS)
+        return [kernel.group(context, name, self.units.connectivity(ratio)) for name, ratio in asked.items()]
 
 
 def is_3x3(module: nn.Module) -> bool:

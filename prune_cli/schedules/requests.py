@@ -14,7 +14,7 @@ Memo = dict[str, Any]
 
 @dataclass(frozen=True)
 class Mask:
-    """Choose masks from the present weights and zero what they remove.
+    """Choose masks from the present weights and zero what they remove; what `Split` keeps ends with it.
 
     Attributes:
         share: how much of the granularity's ratio to apply, in [0, 1].
@@ -26,6 +26,19 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Renew, for every constraint set of the granularity, the projection Z of W + U and the scaled dual U += W - Z.
+
+    The first one begins with U = 0 and makes Z alone. See `prune_cli/admm.py`.
+
+    Attributes:
+        rho: weight of the penalty in the training that follows.
+    """
+
+    rho: float
+
+
+@dataclass(frozen=True)
 class Train:
     """Train on to a point of the stage's own training time.
 
@@ -33,11 +46,13 @@ class Train:
         until: epoch to reach.
         of: epochs of the whole stage, to which the learning-rate schedule refers.
         enforce: keep masked weights at zero (hard); else they may grow again (soft).
+        pull: add the penalty rho / 2 * ||W - Z + U||^2 of the last `Split`.
     """
 
     until: int
     of: int
     enforce: bool = True
+    pull: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,4 +60,4 @@ class Done:
     """The schedule is complete."""
 
 
-Request = Mask | Train | Done
+Request = Mask | Split | Train | Done

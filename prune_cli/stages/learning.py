@@ -114,6 +114,7 @@ def learn(
             tick=tick,
             world=state.world,
         )
+    _same_buffers(state, state.model)
     if not progress.done and progress.epoch < (epochs if until is None else until):
         raise Interrupted(
             f"stopped in {state.stage}, epoch {progress.epoch + 1}, step {progress.step}; the same command goes on there"
@@ -155,11 +156,18 @@ def _accuracy(state: State, model: nn.Module, split: str) -> float:
     world = state.world
     if world.size == 1 or state.data.sizes[split] < world.size * EVALUATION_BATCH:
         return accuracy(model, state.data.evaluation(split, EVALUATION_BATCH)).acc1
-    for name, buffer in world.share_tensors(dict(model.named_buffers()) if world.main else None).items():
-        model.get_buffer(name).copy_(buffer)
+    _same_buffers(state, model)
     found = accuracy(model, state.data.evaluation(split, EVALUATION_BATCH, shard=world.shard))
     correct, total = world.total(torch.tensor([found.correct, found.total])).tolist()
     return 100 * correct / total
+
+
+def _same_buffers(state: State, model: nn.Module) -> None:
+    """Rank 0's norm statistics on every rank, where each has those of its own shards: what is measured must agree."""
+    if state.world.size > 1:
+        shared = state.world.share_tensors(dict(model.named_buffers()) if state.world.main else None)
+        for name, buffer in shared.items():
+            model.get_buffer(name).copy_(buffer)
 
 
 def resumed(state: State, optimizer: OptimizerFactory) -> Progress | None:

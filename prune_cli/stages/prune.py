@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from prune_cli import admm, artifacts, shrinking
 from prune_cli import fit as loop
 from prune_cli import masks as masking
-from prune_cli import shrinking
 from prune_cli.criteria import requirements
 from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.movement import Movement, moved
 from prune_cli.criteria.statistics import Calibration, Statistics, collect
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.fit import LrSchedule, OptimizerFactory, Options, Progress
-from prune_cli.granularities.granularity import Coupled, Granularity, Selection, select
+from prune_cli.granularities.granularity import Constraint, Coupled, Granularity, Selection, select
 from prune_cli.processes import same_masks
-from prune_cli.schedules.requests import Done, Mask, Memo, Request, Train
+from prune_cli.schedules.requests import Done, Mask, Memo, Request, Split, Train
 from prune_cli.stages import learning
 from prune_cli.state import Outcome, State
 
@@ -28,28 +29,52 @@ log = logging.getLogger(__name__)
 
 Schedule = Callable[[Memo | None], tuple[Memo, Request]]
 
-FIT, MASKS = "fit/", "masks/"
+FIT, MASKS, Z, U = "fit/", "masks/", "z/", "u/"
+RESIDUALS = "admm.csv"
 CHECKED = 4  # images on which the shrunk network must agree with the masked one
 
 
 @dataclass
 class _Course:
-    """Where a pruning stands: the memo before the pending request, masks, and the training that goes on."""
+    """Where a pruning stands: the memo before the pending request, masks, and the training that goes on.
+
+    Attributes:
+        splits: name of a constraint set -> what it keeps of the weights, while a schedule splits them.
+        rho: weight of the penalty that ties the weights to their splits; None before the first.
+        residuals: lines of the table of residuals so far.
+    """
 
     memo: Memo | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
     progress: Progress | None = None
     facts: dict[str, float] = field(default_factory=dict)
+    splits: dict[str, admm.Split] = field(default_factory=dict)
+    rho: float | None = None
+    residuals: list[admm.Residual] = field(default_factory=list)
 
-    def tensors(self, state: State) -> dict[str, Tensor]:
-        training = self.progress or Progress()
-        return {FIT + name: value for name, value in training.tensors(state.model).items()} | {
-            MASKS + name: value for name, value in self.masks.items()
-        }
+    def tensors(self, training: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, with those of the training."""
+        named = {FIT + name: value for name, value in training.items()}
+        named |= {MASKS + name: value for name, value in self.masks.items()}
+        for constraint, split in self.splits.items():
+            named |= {f"{Z}{constraint}/{name}": value for name, value in split.z.items()}
+            named |= {f"{U}{constraint}/{name}": value for name, value in split.u.items()}
+        return named
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self, training: Mapping[str, Any], *, trained: bool) -> dict[str, Any]:
+        """The rest of a checkpoint, JSON-serialisable, with that of the training."""
+        return {
+            "memo": self.memo, "fit": training, "facts": self.facts, "trained": trained, "splits": list(self.splits),
+            "rho": self.rho, "residuals": [asdict(residual) for residual in self.residuals],
+        }  # fmt: skip
+
+    def keep(self, state: State) -> None:
+        """Writes the checkpoint between two requests."""
         training = self.progress or Progress()
-        return {"memo": self.memo, "fit": training.numbers(), "facts": self.facts, "trained": self.progress is not None}
+        state.keep(
+            self.tensors(training.tensors(state.model)),
+            self.numbers(training.numbers(), trained=self.progress is not None),
+        )
 
 
 def prune(
@@ -76,6 +101,7 @@ def prune(
         label_smoothing: share of the target spread over all classes, in [0, 1).
         calibration: images for criteria that need them.
     """
+    whole, constraints = granularity.split(state.model)  # of the network as it came, also when going on
     course = _resumed(state, optimizer)
     loss = None
     while True:
@@ -83,15 +109,19 @@ def prune(
         if isinstance(request, Done):
             break
         if isinstance(request, Mask):
-            selection = _mask(state, course, request, criterion, granularity, calibration)
+            chosen = whole if course.splits else granularity
+            selection = _mask(state, course, request, criterion, chosen, calibration)
             course.facts = _facts(selection)
-            course.masks = selection.masks
+            course.masks, course.splits = selection.masks, {}
             masking.apply(state.model, course.masks)
+        elif isinstance(request, Split):
+            _split(state, course, request, criterion, granularity, constraints, calibration)
         elif isinstance(request, Train):
             loss = loss or learning.objective(state, distillation, label_smoothing)
-            _train(state, course, request, loss, batch_size, optimizer, lr_schedule, fit)
+            moving = list(granularity.ratios(state.model)) if "movement" in criterion.needs else []
+            _train(state, course, request, loss, moving, batch_size, optimizer, lr_schedule, fit)
         course.memo = memo
-        state.keep(course.tensors(state), course.numbers())
+        course.keep(state)
     facts = course.facts
     outcome = Outcome(
         epochs=course.progress.epoch if course.progress else 0,
@@ -100,6 +130,7 @@ def prune(
         ratio_prunable=facts["removed"] / max(facts["units"], 1) if facts else None,
         ratio_channels=facts["channels_removed"] / facts["channels"] if facts.get("channels") else None,
         history=tuple(course.progress.history) if course.progress else (),
+        files={RESIDUALS: artifacts.table(admm.Residual, course.residuals)} if course.residuals else {},
     )
     after = state.evolve(masks=course.masks or state.masks, outcome=outcome)
     return _shrunk(after, granularity) if granularity.shrink else after
@@ -144,10 +175,16 @@ def check(
             f"{state.stage}.fit.select_on={fit.select_on}: masks change during pruning, so only the last epoch has "
             "all of them; select on a split in finetune instead"
         )
-    schedule(None)
     granularity.check(state.model, criterion, state.example_inputs())
-    requirements.check(criterion, granularity, state.model, state.data, state.example_inputs())
+    requirements.check(
+        criterion, granularity, state.model, state.data, state.example_inputs(), trained=_trains_first(schedule)
+    )
     _check_coupling(state, granularity)
+
+
+def _trains_first(schedule: Schedule) -> bool:
+    """Whether a schedule trains before it first asks for scores; its parameters are checked by asking."""
+    return isinstance(schedule(None)[1], Train)
 
 
 def _check_coupling(state: State, granularity: Granularity) -> None:
@@ -178,20 +215,82 @@ def _mask(
 ) -> Selection:
     # What an earlier stage removed stays removed; what this one did, only where the schedule says so.
     held: Mapping[str, Tensor] = (course.masks or state.masks) if request.monotone else state.masks
+    statistics = _statistics(state, course, criterion, granularity, calibration)
+    selection = _select(state, granularity, criterion, statistics, held, request.share)
+    log.info("%s: removed %d of %d units", state.stage, selection.removed, selection.units)
+    return selection
+
+
+def _select(
+    state: State,
+    granularity: Granularity,
+    criterion: Criterion,
+    statistics: Statistics,
+    held: Mapping[str, Tensor],
+    share: float = 1.0,
+) -> Selection:
+    """Masks beyond those that are held, the same on every rank."""
     selection = select(
         granularity,
         criterion,
         state.model,
         state.example_inputs(),
-        share=request.share,
+        share=share,
         masked=held,
-        statistics=statistics_of(state, criterion, granularity, calibration),
+        statistics=statistics,
         seed=state.stage_seed % 2**62,
     )
     selection = replace(selection, masks=masking.joined(held, selection.masks))
     same_masks(state.world, selection.masks)
-    log.info("%s: removed %d of %d units", state.stage, selection.removed, selection.units)
     return selection
+
+
+def _split(
+    state: State,
+    course: _Course,
+    request: Split,
+    criterion: Criterion,
+    granularity: Granularity,
+    constraints: tuple[Constraint, ...],
+    calibration: Calibration,
+) -> None:
+    """Projects W + U onto every constraint set, with statistics of W where the criterion needs some."""
+    weights = {name: parameter.detach() for name, parameter in state.model.named_parameters()}
+    last = course.residuals[-1].iteration + 1 if course.residuals else 0
+    splits = {}
+    for constraint in constraints:
+        scored = constraint.criterion or criterion
+        units = replace(granularity, units=constraint.units)
+        statistics = _statistics(state, course, scored, units, calibration)
+
+        def project(values: admm.Weights, scored=scored, units=units, statistics=statistics) -> Mapping[str, Tensor]:
+            with admm.substituted(state.model, values):
+                return _select(state, units, scored, statistics, state.masks).masks
+
+        before = course.splits.get(constraint.name)
+        after = admm.step(weights, before, project)
+        found = admm.residuals(
+            weights, before, after, rho=course.rho, constraint=constraint.name, iteration=last,
+            epoch=course.progress.epoch if course.progress else 0,
+        )  # fmt: skip
+        course.residuals += found
+        splits[constraint.name] = admm.rescaled(after, (course.rho or request.rho) / request.rho)
+        if found:
+            dual = "" if found[-1].dual is None else f", dual {found[-1].dual:.2e}"
+            log.info("%s: iteration %d, %s: primal residual %.4f%s, rho %g",
+                     state.stage, last, constraint.name, found[-1].primal, dual, request.rho)  # fmt: skip
+    course.splits, course.rho = splits, request.rho
+
+
+def _statistics(
+    state: State, course: _Course, criterion: Criterion, granularity: Granularity, calibration: Calibration
+) -> Statistics:
+    """What the criterion needs: measured on the network as it is now, and summed up while it trained."""
+    found = statistics_of(state, criterion, granularity, calibration)
+    if "movement" in criterion.needs and course.progress:
+        for name in found:
+            found[name]["movement"] = moved(course.progress.memory, name, state.device)
+    return found
 
 
 def statistics_of(state: State, criterion: Criterion, granularity: Granularity, calibration: Calibration) -> Statistics:
@@ -218,17 +317,31 @@ def _train(
     course: _Course,
     request: Train,
     loss: loop.Loss,
+    moving: Sequence[str],
     batch_size: int,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
     options: Options,
 ) -> None:
     def save(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        state.keep(
-            {FIT + name: value for name, value in tensors.items()}
-            | {MASKS + name: value for name, value in course.masks.items()},
-            course.numbers() | {"fit": numbers, "trained": True},
-        )
+        state.keep(course.tensors(tensors), course.numbers(numbers, trained=True))
+
+    progress = course.progress or Progress()
+
+    def rate() -> float:
+        assert progress.optimizer is not None
+        return float(progress.optimizer.param_groups[0]["lr"])
+
+    hooks: list[loop.Regularise] = []  # movement is that of the loss, so it comes before anything is added
+    if moving:
+        hooks.append(Movement(state.model, moving, rate))
+    if request.pull:
+        assert course.rho is not None, "a schedule splits before it pulls"
+        hooks.append(admm.Pull(state.model, list(course.splits.values()), course.rho))
+
+    def regularise(step: int, memory: dict[str, Tensor]) -> None:
+        for hook in hooks:
+            hook(step, memory)
 
     course.progress = learning.learn(
         state,
@@ -240,7 +353,8 @@ def _train(
         lr_schedule=lr_schedule,
         options=options,
         masks=course.masks if request.enforce else state.masks,
-        progress=course.progress,
+        regularise=regularise if hooks else None,
+        progress=progress,
         save=save,
     )
 
@@ -250,10 +364,22 @@ def _resumed(state: State, optimizer: OptimizerFactory) -> _Course:
     if not found:
         return _Course()
     tensors, numbers = found
-    fit_tensors = {name.removeprefix(FIT): value for name, value in tensors.items() if name.startswith(FIT)}
-    progress = loop.restore(state.model, optimizer, fit_tensors, numbers["fit"])
-    masks = {
-        name.removeprefix(MASKS): value.to(state.device) for name, value in tensors.items() if name.startswith(MASKS)
-    }
+
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    def placed(prefix: str) -> dict[str, Tensor]:
+        return {name: value.to(state.device) for name, value in named(prefix).items()}
+
+    progress = loop.restore(state.model, optimizer, named(FIT), numbers["fit"])
+    splits = {name: admm.Split(placed(f"{Z}{name}/"), placed(f"{U}{name}/")) for name in numbers["splits"]}
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
-    return _Course(numbers["memo"], masks, progress if numbers["trained"] else None, numbers["facts"])
+    return _Course(
+        numbers["memo"],
+        placed(MASKS),
+        progress if numbers["trained"] else None,
+        numbers["facts"],
+        splits,
+        numbers["rho"],
+        [admm.Residual(**row) for row in numbers["residuals"]],
+    )

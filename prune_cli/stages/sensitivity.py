@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Annotated, Literal
 
@@ -17,8 +15,8 @@ import yaml
 from pydantic import Field
 from torch import Tensor, nn
 
+from prune_cli import artifacts, measure
 from prune_cli import masks as masking
-from prune_cli import measure
 from prune_cli.criteria import requirements
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.statistics import Calibration
@@ -121,7 +119,7 @@ def sensitivity(
                 )
     points += [Point(layer, name, 0.0, 0.0, *reference) for name in named for layer in members]
     points = _ordered(points, list(members), list(named))
-    files = {TABLE: table(points)}
+    files = {TABLE: artifacts.table(Point, points)}
     files |= {f"ratios_{name}.yaml": ratio_file(points, name, members, drop) for name in named}
     if plot:
         files[PLOT] = curves(points, f"{state.architecture.name}, {state.data.name} {split}")
@@ -265,12 +263,3 @@ def ratio_file(points: Sequence[Point], criterion: str, members: Mapping[str, tu
         f"# Fractions removed per weight by {criterion}: each layer alone loses less than {drop:g} points of accuracy\n"
     )
     return head + yaml.safe_dump({"prune_ratio": ratios}, sort_keys=False)
-
-
-def table(points: Sequence[Point]) -> str:
-    """CSV of the points."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(point) for point in points)
-    return text.getvalue()

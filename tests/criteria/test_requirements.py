@@ -53,6 +53,8 @@ def test_every_option_chooses_filters_and_weights(name):
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(6, 3, 8, 8, generator=generator), torch.arange(6) % 4)]
     statistics = collect(model, batches, criterion.needs, loss, IMAGE, at=criterion.at)
+    for weight, found in statistics.items():  # what only a stage that trains sums up
+        found["movement"] = torch.randn(model.get_parameter(weight).shape, generator=generator)
     for units in (Filter(), Element()):
         granularity = Granularity(units, 0.5)
         if isinstance(units, Element) and criterion.level == "channel":
@@ -60,7 +62,7 @@ def test_every_option_chooses_filters_and_weights(name):
                 granularity.check(model, criterion)
             continue
         granularity.check(model, criterion)
-        check(criterion, granularity, model, Images(), IMAGE)
+        check(criterion, granularity, model, Images(), IMAGE, trained=True)
         chosen = select(granularity, criterion, model, IMAGE, statistics=statistics)
         assert chosen.removed == (7 if isinstance(units, Filter) else (216 + 432 + 24) // 2)
 
@@ -69,10 +71,10 @@ def test_criteria_that_measure_need_images():
     granularity = Granularity(Filter())
     for name in options("criterion"):
         criterion = option(name)
-        free = name in {"l1", "l2", "random", "fpgm", "bn_scale", "clustering", "synflow"}
+        free = name in {"l1", "l2", "random", "fpgm", "bn_scale", "clustering", "synflow", "movement"}
         assert needs_images(criterion) == (not free)
         if free:
-            check(criterion, granularity, network(), Images(0), IMAGE)
+            check(criterion, granularity, network(), Images(0), IMAGE, trained=True)
         else:
             with pytest.raises(ConfigError, match="no training split; choose"):
                 check(criterion, granularity, network(), Images(0), IMAGE)

@@ -174,5 +174,5 @@ def test_a_batch_of_one_is_measured_too():
 
 
 def test_every_need_is_either_known_or_measured():
-    assert frozenset({"norm", "n_keep"}) == KNOWN
+    assert frozenset({"norm", "n_keep", "movement"}) == KNOWN
     assert not MEASURED & KNOWN
