@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.fit import LrSchedule, OptimizerFactory, Options, Progress
 from prune_cli.granularities.granularity import Coupled, Granularity, Selection, select
+from prune_cli.granularities.storage import Form
 from prune_cli.processes import same_masks
 from prune_cli.schedules.requests import Done, Mask, Memo, Request, Train
 from prune_cli.stages import learning
@@ -34,10 +35,12 @@ CHECKED = 4  # images on which the shrunk network must agree with the masked one
 
 @dataclass
 class _Course:
-    """Where a pruning stands: the memo before the pending request, masks, and the training that goes on."""
+    """Where a pruning stands: the memo before the pending request, masks with those of their forms that are this
+    stage's, and the training that goes on."""
 
     memo: Memo | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
+    forms: dict[str, Form] = field(default_factory=dict)
     progress: Progress | None = None
     facts: dict[str, float] = field(default_factory=dict)
 
@@ -49,7 +52,13 @@ class _Course:
 
     def numbers(self) -> dict[str, Any]:
         training = self.progress or Progress()
-        return {"memo": self.memo, "fit": training.numbers(), "facts": self.facts, "trained": self.progress is not None}
+        return {
+            "memo": self.memo,
+            "fit": training.numbers(),
+            "facts": self.facts,
+            "trained": self.progress is not None,
+            "forms": {name: asdict(form) for name, form in self.forms.items()},
+        }
 
 
 def prune(
@@ -101,7 +110,9 @@ def prune(
         ratio_channels=facts["channels_removed"] / facts["channels"] if facts.get("channels") else None,
         history=tuple(course.progress.history) if course.progress else (),
     )
-    after = state.evolve(masks=course.masks or state.masks, outcome=outcome)
+    after = state.evolve(masks=course.masks or state.masks, forms={**state.forms, **course.forms}, outcome=outcome)
+    if granularity.shrink:
+        after = after.evolve(forms=state.forms)  # what this stage removes is not masked any more
     return _shrunk(after, granularity) if granularity.shrink else after
 
 
@@ -188,6 +199,7 @@ def _mask(
         statistics=statistics_of(state, criterion, granularity, calibration),
         seed=state.stage_seed % 2**62,
     )
+    course.forms = granularity.forms(state.model, selection.masks)
     selection = replace(selection, masks=masking.joined(held, selection.masks))
     same_masks(state.world, selection.masks)
     log.info("%s: removed %d of %d units", state.stage, selection.removed, selection.units)
@@ -251,4 +263,5 @@ def _resumed(state: State, optimizer: OptimizerFactory) -> _Course:
         name.removeprefix(MASKS): value.to(state.device) for name, value in tensors.items() if name.startswith(MASKS)
     }
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
-    return _Course(numbers["memo"], masks, progress if numbers["trained"] else None, numbers["facts"])
+    forms = {name: Form(**form) for name, form in numbers["forms"].items()}
+    return _Course(numbers["memo"], masks, forms, progress if numbers["trained"] else None, numbers["facts"])
