@@ -263,5 +263,5 @@ def _resumed(state: State, optimizer: OptimizerFactory) -> _Course:
         name.removeprefix(MASKS): value.to(state.device) for name, value in tensors.items() if name.startswith(MASKS)
     }
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
-    forms = {name: Form(**form) for name, form in numbers["forms"].items()}
+    forms = {name: Form(**form) for name, form in numbers.get("forms", {}).items()}
     return _Course(numbers["memo"], masks, forms, progress if numbers["trained"] else None, numbers["facts"])
