@@ -153,10 +153,11 @@ def save_pruned(model: nn.Module, folder: str | Path, *, builder: Mapping[str, A
 
 
 def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The network of a folder with `pruned.yaml`: a stage folder of a run, or one that `save_pruned` wrote.
+    """The network of a folder with `pruned.yaml`, or of a compressed file.
 
     Args:
-        folder: holds `pruned.yaml` and `weights.safetensors`.
+        folder: a stage folder of a run, or one that `save_pruned` wrote: it holds `pruned.yaml` and
+            `weights.safetensors`. Or the `weights.compressed` of a weight-sharing stage, which needs nothing beside it.
         model: the dense network, needed for one's own classes: `load_pruned(folder, model=MyNet())`. Its weights do
             not matter, and it is left as it was.
 
@@ -166,8 +167,12 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     Raises:
         CheckpointError: files that are damaged, were edited or do not fit, or a builder outside prune and no `model`.
     """
-    small = pruned.load(Path(folder), model)
-    object.__setattr__(small, ORIGIN, pruned.read(Path(folder)).record)
+    path = Path(folder)
+    if path.is_file():
+        small, record = pruned.load_compressed(path, model)
+    else:
+        small, record = pruned.load(path, model), pruned.read(path).record
+    object.__setattr__(small, ORIGIN, record)
     return small
 
 

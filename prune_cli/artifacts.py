@@ -29,6 +29,7 @@ LAYERS = "layers.csv"
 HISTORY = "history.csv"
 CONFIG = "config.yaml"
 CHOICES = "choices.json"
+COMPRESSED = "weights.compressed"
 LOG = "run.log"
 
 
@@ -60,6 +61,11 @@ class Row:
     macs_nonzero: int
     flops: int
     bytes: int
+    bytes_stored: int | None
+    bytes_pruned: int | None
+    bytes_shared: int | None
+    bytes_huffman: int | None
+    bytes_entropy: int | None
     acc1: float
     acc5: float | None
     loss: float
@@ -68,6 +74,7 @@ class Row:
     acc1_dense: float | None
     acc1_delta: float | None
     compression: float
+    compression_bytes: float | None
     speedup_macs: float
     latency_ms_b1: float | None
     latency_p95_ms_b1: float | None
@@ -152,8 +159,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in one rename."""
+    write_file(path, text)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a file in one rename, text as UTF-8."""
     with new_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

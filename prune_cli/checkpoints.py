@@ -34,10 +34,10 @@ _SHOWN = 4
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors or torch file by name, dense and contiguous on the CPU.
+    """Returns the tensors of a safetensors, torch or compressed file by name, dense and contiguous on the CPU.
 
     A mapping under ``state_dict``, ``model_state_dict``, ``model`` or ``net`` is taken, and the prefixes of
-    ``DistributedDataParallel`` and ``torch.compile`` are cut off. Which of the two formats a file has is
+    ``DistributedDataParallel`` and ``torch.compile`` are cut off. Which of the formats a file has is
     seen from its content. Tied tensors of a torch file stay tied. Zipped torch files carry checksums, which
     are compared; safetensors files carry none: whoever wrote one keeps its :func:`sha256_of`.
 
@@ -51,6 +51,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             head = stream.read(9)
     except OSError as error:
         raise CheckpointError(f"can't read weights {file}: {error.strerror or error}") from error
+    if head.startswith(b"PRUNEDC1"):
+        from prune_cli.compressed import read_compressed  # which needs this file
+
+        return read_compressed(file)
     if head[8:9] == b"{" and not head.startswith(b"PK"):
         return _unwrapped(_read_safetensors(file))
     return _unwrapped(_state_in(_read_torch(file), file))
@@ -292,18 +296,18 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
 
 
-def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors sorted by name, a tied one under the first of its names only."""
     seen: set[tuple[Any, ...]] = set()
-    distinct: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name in sorted(state):
         tensor = state[name].detach()
         identity = _identity(tensor)
         if identity is None or identity not in seen:
-            distinct[name] = tensor
+            found[name] = tensor
         if identity is not None:
             seen.add(identity)
-    return distinct
+    return found
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
@@ -312,7 +316,7 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     Independent of order, device and memory format; tied tensors count once.
     """
     digest = hashlib.sha256()
-    for name, tensor in _distinct(state).items():
+    for name, tensor in distinct(state).items():
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         flat = tensor.cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().tobytes())
@@ -330,7 +334,7 @@ def write_weights(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLi
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     tensors = {}
-    for name, tensor in _distinct({k: v for k, v in state.items() if isinstance(v, Tensor)}).items():
+    for name, tensor in distinct({k: v for k, v in state.items() if isinstance(v, Tensor)}).items():
         dense = tensor.cpu().contiguous()
         # two names may still be different views of one memory, which safetensors refuses
         tensors[name] = dense.clone() if dense.untyped_storage().nbytes() != _nbytes(dense) else dense

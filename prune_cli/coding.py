@@ -1,19 +1,18 @@
 """Deep Compression behind a mask: weight sharing, gap coding and Huffman coding (Han et al., arXiv:1510.00149).
 
-`share` replaces the weights of a layer by a few centroids, `SharedGradients` fine-tunes the centroids, and `encode` /
-`decode` turn a tensor with few distinct values into bits and back, bit by bit the same. `compressed.py` makes files.
+`share` replaces the weights of a layer by a few centroids, which `sharing.py` fine-tunes, and `encode` / `decode` turn
+a tensor with few distinct values into bits and back, bit by bit the same. `compressed.py` makes files.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune_cli.errors import CheckpointError
 
@@ -121,26 +120,6 @@ def centroid_gradient(gradient: Tensor, assignment: Tensor, clusters: int) -> Te
     members = assignment >= 0
     total = torch.zeros(clusters, dtype=gradient.dtype, device=gradient.device)
     return total.index_add_(0, assignment[members], gradient[members])
-
-
-class SharedGradients:
-    """Fine-tunes centroids: gives every weight the gradient of its centroid. For `fit(regularise=...)`.
-
-    All members of a cluster then make the same step under any optimizer that works entry by entry, so they stay equal;
-    removed weights get none, and masks keep them at zero.
-    """
-
-    def __init__(self, model: nn.Module, shared: Mapping[str, Shared]) -> None:
-        self._layers = [(model.get_parameter(name), layer) for name, layer in shared.items()]
-
-    @torch.no_grad()
-    def __call__(self, step: int, memory: dict[str, Tensor]) -> None:
-        for parameter, layer in self._layers:
-            gradient = parameter.grad
-            if gradient is not None:
-                sums = centroid_gradient(gradient, layer.assignment, len(layer.codebook))
-                spread = sums[layer.assignment.clamp_min(0)] if len(sums) else torch.zeros_like(gradient)
-                gradient.copy_(torch.where(layer.assignment >= 0, spread, 0))
 
 
 # ---------------------------------------------------------------------------------------------- gaps
@@ -251,6 +230,9 @@ class Stream:
         return len(self.data) + self.lengths.nbytes + self.segments.nbytes
 
 
+NOTHING = Stream(np.zeros(0, np.uint8), np.zeros(0, np.uint16), b"")
+
+
 def pack(symbols: Array, alphabet: int) -> Stream:
     """Huffman-codes symbols below `alphabet`."""
     lengths = code_lengths(np.bincount(symbols, minlength=alphabet))
@@ -325,7 +307,7 @@ class Coded:
     Attributes:
         shape: of the tensor.
         dtype: of the tensor.
-        gap_bits: width of a gap code before Huffman coding.
+        gap_bits: width of a gap code before Huffman coding; 0 = every position is an entry, and there are no gaps.
         codebook: bit patterns of the distinct values, increasing as unsigned numbers; zero where there are fillers.
         entries: stored values, fillers included.
         values: numbers of codebook entries.
@@ -351,6 +333,9 @@ class Sizes:
         shared: codes of fixed width for both, and the codebook.
         huffman: what the file holds: both streams with their tables, and the codebook.
         entropy: the third stage if codes reached their entropy and tables were free.
+        values: of `huffman`, the codes of the values with their table.
+        indices: of `huffman`, the codes of the gaps with their table.
+        codebook: of `huffman`, the distinct values.
     """
 
     dense: int
@@ -358,6 +343,14 @@ class Sizes:
     shared: int
     huffman: int
     entropy: int
+    values: int
+    indices: int
+    codebook: int
+
+    @staticmethod
+    def uncoded(size: int) -> Sizes:
+        """Those of a tensor that is stored as it is in every stage."""
+        return Sizes(size, size, size, size, size, size, 0, 0)
 
 
 def pattern_of(tensor: Tensor) -> Array:
@@ -370,7 +363,8 @@ def encode(tensor: Tensor, gap_bits: int = 8) -> Coded:
     """Codes a floating-point tensor bit by bit; worth it when it has many zeros and few other values.
 
     Args:
-        gap_bits: 1 to 8; the paper takes 8 for convolutions and 5 for linear layers.
+        gap_bits: 1 to 8; the paper takes 8 for convolutions and 5 for linear layers. 0 for tensors with no zeros, or so
+            few that telling where they are costs more than storing them as values.
     """
     bits = pattern_of(tensor)
     places = np.flatnonzero(bits)
@@ -378,7 +372,7 @@ def encode(tensor: Tensor, gap_bits: int = 8) -> Coded:
     stored = np.zeros(len(gaps), bits.dtype)
     stored[~filler] = bits[places]
     codebook, numbers = np.unique(stored, return_inverse=True)
-    values, gap_stream = pack(numbers.reshape(-1), len(codebook)), pack(gaps, 1 << gap_bits)
+    values, gap_stream = pack(numbers.reshape(-1), len(codebook)), pack(gaps, 1 << gap_bits) if gap_bits else NOTHING
     return Coded(tuple(tensor.shape), tensor.dtype, gap_bits, codebook, len(gaps), values, gap_stream)
 
 
@@ -389,7 +383,8 @@ def decode(coded: Coded) -> Tensor:
         CheckpointError: The codes do not fit the shape.
     """
     length = int(np.prod(coded.shape, dtype=np.int64))
-    places = from_gaps(unpack(coded.gaps, coded.entries), length, coded.gap_bits)
+    gaps = unpack(coded.gaps, coded.entries) if coded.gap_bits else np.zeros(coded.entries, np.int64)
+    places = from_gaps(gaps, length, coded.gap_bits)
     bits = np.zeros(length, BITS_OF[coded.dtype])
     numbers = unpack(coded.values, coded.entries)
     if len(numbers):
@@ -405,7 +400,9 @@ def sizes(coded: Coded) -> Sizes:
     code = max(1, int(np.ceil(np.log2(max(len(coded.codebook), 1)))))
     book = len(coded.codebook) * width
     counts = [
-        np.bincount(unpack(stream, coded.entries), minlength=1) if coded.entries else np.ones(1)
+        np.bincount(unpack(stream, coded.entries), minlength=1)
+        if coded.entries and stream is not NOTHING
+        else np.ones(1)
         for stream in (coded.values, coded.gaps)
     ]
     bound = coded.entries * sum(entropy(count) for count in counts)
@@ -415,5 +412,8 @@ def sizes(coded: Coded) -> Sizes:
         coded.entries * (code + coded.gap_bits) + book,
         8 * (coded.values.nbytes + coded.gaps.nbytes) + book,
         int(np.ceil(bound)) + book,
+        8 * coded.values.nbytes,
+        8 * coded.gaps.nbytes,
+        book,
     )
     return Sizes(*(-(-number // 8) for number in bits))

@@ -1,7 +1,8 @@
 """Compressed files of weights: our own header, raw bytes and a checksum; nothing in them can run.
 
 Layout: 8 bytes of magic, the length of the header (4 bytes, little endian), the header in JSON, the sections that it
-lists end to end, and the sha256 of everything before. Numbers in sections are little endian.
+lists end to end, and the sha256 of everything before. Numbers in sections are little endian. The header may describe
+the network too, as `pruned.yaml` does: then the file alone is enough to load it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from prune_cli import coding
-from prune_cli.checkpoints import _write_atomically
+from prune_cli.artifacts import write_file
+from prune_cli.checkpoints import distinct
 from prune_cli.coding import BITS_OF, SEGMENT, Coded, Sizes, Stream
 from prune_cli.errors import CheckpointError, ConfigError
 from prune_cli.granularities.storage import fillers
@@ -38,57 +41,62 @@ TYPES = {
 }  # fmt: skip
 
 
+Width = Annotated[int, Field(ge=1, le=8)]
+"""Bits of a code, from 1 to 8."""
+
+
 @dataclass(frozen=True)
 class Bits:
     """Width of codes: values take one of 2 ** value, gaps one of 2 ** gap."""
 
-    value: int
-    gap: int
+    value: Width
+    gap: Width
 
 
 CONV, LINEAR = Bits(8, 8), Bits(5, 5)
 """The paper's choice (table 4)."""
 
 
-def clusters(mask: Tensor, shape: tuple[int, ...], bits: Bits) -> int:
-    """Centroids that codes of this width can number, beside the zero of fillers where there are any."""
-    return (1 << bits.value) - (1 if fillers(mask.expand(shape), bits.gap) else 0)
-
-
-def write_compressed(
-    state: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    conv: Bits = CONV,
-    linear: Bits = LINEAR,
-) -> dict[str, Sizes]:
-    """Writes a state dict: masked floating-point tensors shared and coded, all others as they are.
-
-    A masked tensor that has few enough distinct values already, as after fine-tuning centroids, is coded bit by bit;
-    any other is shared first by k-means, which changes it.
+def clusters(keep: Tensor, bits: Bits) -> int:
+    """Centroids that codes of this width can number, beside the zero of fillers where there are any.
 
     Args:
-        state: tensors by name.
-        masks: bool tensors by name, True = keep, broadcastable.
-        conv: width of codes for tensors of three or more axes.
-        linear: for the others.
+        keep: bool, shaped like the tensor.
+    """
+    return (1 << bits.value) - (1 if fillers(keep, bits.gap) else 0)
+
+
+def compress(
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    bits: Mapping[str, Bits],
+    network: Mapping[str, Any] | None = None,
+) -> tuple[bytes, dict[str, Sizes]]:
+    """A state dict as a compressed file's content: some tensors shared and coded, all others as they are.
+
+    A tensor that has few enough distinct values already, as after fine-tuning centroids, is coded bit by bit; any other
+    is shared first by k-means, which changes it. One without zeros has no gaps to code.
+
+    Args:
+        state: tensors by name; tied ones are stored once.
+        masks: bool tensors by name, True = keep, broadcastable; nothing is masked where absent.
+        bits: width of codes, by name of the floating-point tensors to code.
+        network: what the file says of the network, JSON data.
 
     Returns:
-        Bytes after each stage, by name of the coded tensors.
+        The content, and bytes after each stage by name of the coded tensors.
 
     Raises:
         ConfigError: widths outside 1 to 8.
-        StorageError: the file can't be written.
     """
-    for bits in (conv, linear):
-        if not (1 <= bits.value <= 8 and 1 <= bits.gap <= 8):
-            raise ConfigError(f"codes of {bits.value} and {bits.gap} bits; both widths must be from 1 to 8")
+    for widths in bits.values():
+        if not (1 <= widths.value <= 8 and 1 <= widths.gap <= 8):
+            raise ConfigError(f"codes of {widths.value} and {widths.gap} bits; both widths must be from 1 to 8")
     entries, sections, sizes = [], [], {}
-    for name, tensor in sorted(state.items()):
-        if name in masks and tensor.is_floating_point() and tensor.numel():
-            coded = coding.encode(
-                _few_values(tensor, masks[name], conv if tensor.dim() > 2 else linear), _gap(tensor, conv, linear)
-            )
+    for name, tensor in distinct(state).items():
+        if name in bits and tensor.is_floating_point() and tensor.numel():
+            few = _few_values(tensor, masks.get(name, torch.ones((), dtype=torch.bool)), bits[name])
+            coded = coding.encode(few, _gap(few, bits[name]))
             sizes[name] = coding.sizes(coded)
             parts = _parts(coded)
             entry = {"coding": "shared", "gap_bits": coded.gap_bits, "entries": coded.entries}
@@ -100,14 +108,38 @@ def write_compressed(
             | {"sections": [len(part) for part in parts]}
         )
         sections += parts
-    header = json.dumps({"format": 1, "tensors": entries}, separators=(",", ":")).encode()
+    described = {"format": 1, "tensors": entries} | ({} if network is None else {"network": network})
+    header = json.dumps(described, separators=(",", ":")).encode()
     content = b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *sections])
-    _write_atomically(content + hashlib.sha256(content).digest(), Path(path))
+    return content + hashlib.sha256(content).digest(), sizes
+
+
+def write_compressed(
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    conv: Bits = CONV,
+    linear: Bits = LINEAR,
+) -> dict[str, Sizes]:
+    """Writes a state dict whose masked tensors are shared and coded; see `compress`.
+
+    Args:
+        masks: bool tensors by name of what is coded.
+        conv: width of codes for tensors of three or more axes.
+        linear: for the others.
+
+    Raises:
+        ConfigError: widths outside 1 to 8.
+        StorageError: the file can't be written.
+    """
+    widths = {name: conv if state[name].dim() > 2 else linear for name in masks}
+    content, sizes = compress(state, masks, widths)
+    write_file(Path(path), content)
     return sizes
 
 
-def _gap(tensor: Tensor, conv: Bits, linear: Bits) -> int:
-    return (conv if tensor.dim() > 2 else linear).gap
+def _gap(tensor: Tensor, bits: Bits) -> int:
+    return bits.gap if (coding.pattern_of(tensor) == 0).any() else 0
 
 
 def _few_values(tensor: Tensor, mask: Tensor, bits: Bits) -> Tensor:
@@ -115,7 +147,7 @@ def _few_values(tensor: Tensor, mask: Tensor, bits: Bits) -> Tensor:
     mask = mask.to(tensor.device)
     masked = torch.where(mask.expand(tensor.shape), tensor.detach(), 0)
     alive = torch.from_numpy(coding.pattern_of(masked) != 0).view(tensor.shape).to(tensor.device)
-    most = clusters(alive, tuple(tensor.shape), bits)
+    most = clusters(alive, bits)
     if len(np.unique(coding.pattern_of(masked[alive]))) <= most:
         return masked
     return coding.share(tensor, alive, most).weight
@@ -141,8 +173,30 @@ def _little(array: Any) -> bytes:
 # ---------------------------------------------------------------------------------------------- reading
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a compressed file holds: tensors on the CPU by name, and the network's description where there is one."""
+
+    state: dict[str, Tensor]
+    network: Any
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file begins as compressed files do; False for what cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def read_compressed(path: str | os.PathLike[str], most: int = MOST) -> dict[str, Tensor]:
-    """The state dict of a compressed file, on the CPU.
+    """The state dict of a compressed file, on the CPU; see `open_compressed`."""
+    return open_compressed(path, most).state
+
+
+def open_compressed(path: str | os.PathLike[str], most: int = MOST) -> Content:
+    """Reads and checks a compressed file.
 
     Args:
         most: bytes that the tensors may take together.
@@ -162,7 +216,7 @@ def read_compressed(path: str | os.PathLike[str], most: int = MOST) -> dict[str,
         raise CheckpointError(f"{path}: the header is damaged ({type(error).__name__}: {error})") from error
 
 
-def _read(content: bytes, most: int) -> dict[str, Tensor]:
+def _read(content: bytes, most: int) -> Content:
     if content[: len(MAGIC)] != MAGIC:
         raise CheckpointError("not a compressed file of ours; it would begin with PRUNEDC1")
     if len(content) < len(MAGIC) + 36 or hashlib.sha256(content[:-32]).digest() != content[-32:]:
@@ -194,7 +248,7 @@ def _read(content: bytes, most: int) -> dict[str, Tensor]:
         )
     if position != len(body):
         raise CheckpointError("there are bytes that belong to no tensor")
-    return state
+    return Content(state, header.get("network"))
 
 
 def _natural(value: Any) -> bool:
@@ -232,13 +286,14 @@ def _coded(name: str, entry: Any, parts: list[memoryview], dtype: torch.dtype, s
     segments = 2 * -(-entries // SEGMENT) if _natural(entries) else -1
     fits = (
         _natural(gap_bits)
-        and 1 <= gap_bits <= 8
+        and gap_bits <= 8
         and len(book) == numbers * dtype.itemsize
         and len(value_lengths) == numbers
-        and len(gap_lengths) == 1 << gap_bits
-        and len(value_segments) == len(gap_segments) == segments
+        and len(gap_lengths) == (1 << gap_bits if gap_bits else 0)
+        and len(value_segments) == segments
+        and len(gap_segments) == (segments if gap_bits else 0)
         # Every code takes a bit at least, and covers 2 ** gap_bits positions at most.
-        and entries <= 8 * min(len(value_data), len(gap_data))
+        and entries <= 8 * (min(len(value_data), len(gap_data)) if gap_bits else len(value_data))
         and math.prod(shape) < (entries + 1) << gap_bits
     )
     if not fits:

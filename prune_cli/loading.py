@@ -15,6 +15,7 @@ from prune_cli import artifacts, pruned
 from prune_cli.checkpoints import load_weights
 from prune_cli.data.dataset import Dataset
 from prune_cli.errors import ConfigError
+from prune_cli.granularities.storage import Form
 from prune_cli.nodes import locate, resolve
 from prune_cli.state import Architecture, State, derive_seed
 from prune_cli.store import read_checkpoint
@@ -48,16 +49,17 @@ def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: 
 
 def restore(folder: Path, state: State) -> State:
     """The state after a stage that was finished earlier, from its folder; rank 0 reads it for all."""
-    world, node, lineage, model = state.world, None, None, None
+    world, node, lineage, model, forms = state.world, None, None, None, {}
     masks: Mapping[str, Tensor] = {}
     if world.main:
         node = _node(folder)
         model, masks = load_model(folder, _architecture(node, state).build), pruned.read_masks(folder)
-        lineage = _lineage(folder)
+        lineage, forms = _lineage(folder), _forms(folder)
     architecture, lineage = _architecture(world.share(node), state), world.share(lineage)
     model = _shared(state, model, architecture, lineage)
     masks = {name: mask.to(state.device) for name, mask in world.share_tensors(masks).items()}
-    return state.evolve(model=model, architecture=architecture, masks=masks, lineage=lineage)
+    forms = {name: Form(**form) for name, form in world.share(forms).items()}
+    return state.evolve(model=model, architecture=architecture, masks=masks, forms=forms, lineage=lineage)
 
 
 def _shared(
@@ -78,6 +80,12 @@ def _node(folder: Path) -> dict[str, Any]:
     """Builder and arguments of the dense network that a stage folder started from."""
     node: dict[str, Any] = json.loads((folder / artifacts.CHECKPOINT).read_text())["model"]
     return node
+
+
+def _forms(folder: Path) -> dict[str, Any]:
+    """How the masks of a stage folder are stored."""
+    forms: dict[str, Any] = json.loads((folder / artifacts.CHECKPOINT).read_text()).get("forms", {})
+    return forms
 
 
 def _architecture(node: Mapping[str, Any], state: State) -> Architecture:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,11 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
 
 def _tables(folder: Path, table: list[Row], layers: list[dict[str, Any]], history: list[dict[str, Any]]) -> None:
     artifacts.write_results(folder / artifacts.RESULTS, table)
-    artifacts.write_table(folder / artifacts.LAYERS, layers, list(layers[0]) if layers else ["stage"])
+    artifacts.write_table(
+        folder / artifacts.LAYERS,
+        layers,
+        list(dict.fromkeys(["stage", "layer", "kind", *(k for r in layers for k in r)])),
+    )
     columns = dict.fromkeys(["stage", "epoch", "loss", "lr", "acc1", *(key for row in history for key in row)])
     artifacts.write_table(folder / artifacts.HISTORY, history, list(columns))
 
@@ -266,14 +270,15 @@ def _write(state: State, facts: Mapping[str, Any], folder: Path) -> None:
         pruned.write(folder, state.model, record, state.masks)
     else:
         write_weights(state.model.state_dict(), folder / artifacts.WEIGHTS)
-    for name, text in state.outcome.files.items():
-        artifacts.write_text(folder / name, text)
+    for name, content in state.outcome.files.items():
+        artifacts.write_file(folder / name, content)
     checkpoint = {
         "model": state.architecture.node,
         "model_name": state.architecture.name,
         "num_classes": state.data.num_classes,
         "in_shape": list(state.data.shape),
         "weights_sha256": state_sha256(state.model.state_dict()),
+        "forms": {name: asdict(form) for name, form in state.forms.items() if name in state.masks},
         "measured": facts,
     }
     artifacts.write_json(folder / artifacts.CHECKPOINT, checkpoint)

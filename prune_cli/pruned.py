@@ -7,13 +7,14 @@
     cfg, projection            the same as the builder takes them, where it can build the small network from widths
     kept                       which positions of the dense network's parameters and buffers are left, as ranges
     attributes, scales         numbers in modules that followed; factors on parameters (see surgery.Lineage)
+    dense_sha256               of the dense network's weights, as in results.csv
     masks                      file of masks, where weights are masked inside the tensors
     sha256                     of the files beside it
-    dense_sha256               of the dense network's weights, as in results.csv
     checksum                   of all that is written above it
 
-Loading builds the dense network, takes out what `kept` leaves out, and fills in the weights. Only builders of this
-package are called, on plain values; anything else, and any change by hand, is refused.
+A compressed file says the same in its header, without masks and hashes. Loading builds the dense network, takes out
+what `kept` leaves out, and fills in the weights. Only builders of this package are called, on plain values; anything
+else, and any change by hand, is refused.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from prune_cli import artifacts, surgery
+from prune_cli import artifacts, compressed, surgery
 from prune_cli import masks as masking
-from prune_cli.checkpoints import load_weights, read_state_dict, sha256_of, state_sha256, write_weights
+from prune_cli.checkpoints import fit_weights, load_weights, read_state_dict, sha256_of, state_sha256, write_weights
 from prune_cli.errors import CheckpointError, ConfigError, SurgeryError
 from prune_cli.granularities.targets import layers
 from prune_cli.nodes import locate, resolve
@@ -81,11 +82,22 @@ def write(folder: Path, model: nn.Module, record: Record, masks: masking.Masks |
     if masks:
         write_weights(dict(masks), folder / artifacts.MASKS)
         files.append(artifacts.MASKS)
+    content = description(model, record)
+    content["masks"] = artifacts.MASKS if masks else None
+    content["sha256"] = {name: sha256_of(folder / name) for name in files}
+    content["checksum"] = _checksum(content)
+    dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text = yaml.dump(content, Dumper=dumper, sort_keys=False, default_flow_style=None, width=120)
+    artifacts.write_text(folder / artifacts.PRUNED, HEADER + text)
+
+
+def description(model: nn.Module, record: Record) -> dict[str, Any]:
+    """What a file says of a network, as JSON data; without what it says of other files."""
     arguments = {k: v for k, v in record.node.items() if k not in ("_target_", "num_classes", "in_shape", "weights")}
     attributes = {name: dict(values) for name, values in record.lineage.attributes.items()}
     if arguments.get("pretrained") and hasattr(model, "transform_input"):  # set by pretrained weights, not by arguments
         attributes.setdefault("", {})["transform_input"] = bool(model.transform_input)
-    content: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "model": {"builder": record.node.get("_target_"), "arguments": arguments},
         "num_classes": record.node.get("num_classes", record.num_classes),
@@ -95,14 +107,8 @@ def write(folder: Path, model: nn.Module, record: Record, masks: masking.Masks |
         "kept": _grouped(record.lineage),
         "attributes": attributes,
         "scales": {name: list(values) for name, values in record.lineage.scales.items()},
-        "masks": artifacts.MASKS if masks else None,
-        "sha256": {name: sha256_of(folder / name) for name in files},
         "dense_sha256": record.dense_sha256,
     }
-    content["checksum"] = _checksum(content)
-    dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text = yaml.dump(content, Dumper=dumper, sort_keys=False, default_flow_style=None, width=120)
-    artifacts.write_text(folder / artifacts.PRUNED, HEADER + text)
 
 
 def widths_of(model: nn.Module) -> dict[str, int]:
@@ -216,27 +222,7 @@ def read(folder: Path) -> Found:
     path = folder / artifacts.PRUNED
     content = _content(path)
     try:
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {content['format']!r} is not {FORMAT}, which this version reads")
-        kept: dict[str, dict[int, tuple[int, ...]]] = {}
-        for group in content["kept"]:
-            indices = indices_of(group["indices"])
-            for place in group["axes"]:
-                name, axis = str(place).rsplit(" ", 1)
-                kept.setdefault(name, {})[int(axis)] = indices
-        scales = {str(name): tuple(map(float, values)) for name, values in content["scales"].items()}
-        lineage = Lineage(kept, _attributes(content["attributes"], path), scales)
-        node = {"_target_": content["model"]["builder"], **content["model"]["arguments"]}
-        shape = content["in_shape"]
-        record = Record(
-            node=node,
-            lineage=lineage,
-            num_classes=content["num_classes"],
-            in_shape=None if shape is None else tuple(int(size) for size in shape),
-            dense_sha256=content["dense_sha256"],
-            cfg={key: content[key] for key in ("cfg", "projection") if key in content},
-        )
-        widths = {str(name): int(width) for name, width in content["widths"].items()}
+        record, widths = _described(content, path)
         for name, expected in content["sha256"].items():
             if name not in (artifacts.WEIGHTS, artifacts.MASKS) or sha256_of(folder / name) != expected:
                 raise CheckpointError(
@@ -246,9 +232,37 @@ def read(folder: Path) -> Found:
             raise CheckpointError(f"{path}: no sha256 of {artifacts.WEIGHTS}; the file was edited or cut")
         if content["checksum"] != _checksum(content):
             raise CheckpointError(f"{path} was edited after it was written: its checksum differs")
+        return Found(record, widths, bool(content["masks"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a {artifacts.PRUNED}: {error!r}") from error
-    return Found(record, widths, bool(content["masks"]))
+
+
+def _described(content: Mapping[str, Any], path: Path) -> tuple[Record, dict[str, int]]:
+    """The inverse of `description`: the record, and the widths of the layers.
+
+    Raises:
+        CheckpointError: of another format, or values that are never set.
+        KeyError, TypeError, ValueError, AttributeError: not what `description` makes.
+    """
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {content['format']!r} is not {FORMAT}, which this version reads")
+    kept: dict[str, dict[int, tuple[int, ...]]] = {}
+    for group in content["kept"]:
+        indices = indices_of(group["indices"])
+        for place in group["axes"]:
+            name, axis = str(place).rsplit(" ", 1)
+            kept.setdefault(name, {})[int(axis)] = indices
+    scales = {str(name): tuple(map(float, values)) for name, values in content["scales"].items()}
+    shape = content["in_shape"]
+    record = Record(
+        node={"_target_": content["model"]["builder"], **content["model"]["arguments"]},
+        lineage=Lineage(kept, _attributes(content["attributes"], path), scales),
+        num_classes=content["num_classes"],
+        in_shape=None if shape is None else tuple(int(size) for size in shape),
+        dense_sha256=content["dense_sha256"],
+        cfg={key: content[key] for key in ("cfg", "projection") if key in content},
+    )
+    return record, {str(name): int(width) for name, width in content["widths"].items()}
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -284,7 +298,15 @@ def load(folder: Path, model: nn.Module | None = None) -> nn.Module:
         CheckpointError: files that are damaged or altered or do not fit, or a builder that is not this package's.
     """
     found = read(folder)
-    path, record = folder / artifacts.PRUNED, found.record
+    small = _rebuilt(found.record, found.widths, folder / artifacts.PRUNED, model)
+    load_weights(small, folder / artifacts.WEIGHTS)
+    if found.has_masks:
+        masking.apply(small, _fitting(read_masks(folder), small, folder))
+    return small.eval()
+
+
+def _rebuilt(record: Record, expected: Mapping[str, int], path: Path, model: nn.Module | None) -> nn.Module:
+    """The small network of a record, with weights that do not matter yet."""
     dense = model if model is not None else build(record.node, record.num_classes, record.in_shape, str(path))
     _settable(dense, record.lineage, path)
     try:
@@ -292,15 +314,40 @@ def load(folder: Path, model: nn.Module | None = None) -> nn.Module:
     except (SurgeryError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{path} does not fit {type(dense).__name__}: {' '.join(str(error).split())}") from error
     widths = widths_of(small)
-    for name, width in found.widths.items():
+    for name, width in expected.items():
         if widths.get(name) != width:
             raise CheckpointError(
                 f"{path}: layer {name!r} should have {width} outputs, the network has {widths.get(name)}"
             )
-    load_weights(small, folder / artifacts.WEIGHTS)
-    if found.has_masks:
-        masking.apply(small, _fitting(read_masks(folder), small, folder))
-    return small.eval()
+    return small
+
+
+def load_compressed(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, Record]:
+    """Builds the network of a compressed file, on the CPU, in evaluation mode; see `load`.
+
+    Raises:
+        CheckpointError: a file that is damaged, altered or of another kind, that does not say which network it is of,
+            or does not fit, or a builder that is not this package's.
+    """
+    content = compressed.open_compressed(path)
+    record, widths = _network(content.network, path)
+    small = _rebuilt(record, widths, path, model)
+    fit_weights(small, content.state, str(path))
+    return small.eval(), record
+
+
+def read_compressed(path: Path) -> Record:
+    """What a compressed file says of its network; raises as `load_compressed` does."""
+    return _network(compressed.open_compressed(path).network, path)[0]
+
+
+def _network(network: Any, path: Path) -> tuple[Record, dict[str, int]]:
+    if network is None:
+        raise CheckpointError(f"{path} holds tensors but does not say of which network; load it as weights")
+    try:
+        return _described(network, path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: what it says of the network is damaged: {error!r}") from error
 
 
 def read_masks(folder: Path) -> dict[str, Tensor]:

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 
 from prune_cli import masks as masking
-from prune_cli import measure
+from prune_cli import measure, semi_structured
 from prune_cli.artifacts import Row
+from prune_cli.coding import Sizes
+from prune_cli.granularities import storage
 from prune_cli.granularities.latency import layer_times
+from prune_cli.granularities.storage import Form, Storage
 from prune_cli.state import State
 
 CONV = "Conv"  # in the class name of every convolution
+STAGES = ("bytes_pruned", "bytes_shared", "bytes_huffman", "bytes_entropy")
 LATENCIES = ("latency_ms_b1", "latency_p95_ms_b1", "latency_ms_b64", "latency_p95_ms_b64", "throughput_b64")
 
 
@@ -27,6 +31,8 @@ def measure_stage(state: State, seconds: float, latency: bool) -> dict[str, Any]
     cost = measure.cost(model, state.example_inputs(), state.masks)
     removed = masking.zeros(state.masks, model)
     times = layer_times(model, state.example_inputs(), [layer.name for layer in cost.layers]) if latency else {}
+    stored = storage_of(state)
+    halved = _semi_structured(state) if latency else {}
     facts = {
         "acc1": test.acc1,
         "acc5": test.acc5,
@@ -39,10 +45,17 @@ def measure_stage(state: State, seconds: float, latency: bool) -> dict[str, Any]
         "macs": cost.macs,
         "macs_nonzero": cost.macs_nonzero,
         "bytes": cost.bytes,
+        "bytes_stored": sum(entry["bytes_stored"] for entry in stored.values()),
+        **{key: sum(entry[key] for entry in stored.values()) for key in STAGES if state.outcome.coded},
         "seconds": seconds,
         "device": describe(state.device),
-        "layers": [_layer(layer, times.get(layer.name)) for layer in cost.layers],
-        **{key: value for key, value in asdict(state.outcome).items() if key != "files"},
+        "layers": [
+            _layer(layer, times.get(layer.name))
+            | _of_layer(layer.name, stored, bool(state.outcome.coded))
+            | halved.get(layer.name, {})
+            for layer in cost.layers
+        ],
+        **{key: value for key, value in asdict(state.outcome).items() if key not in ("files", "coded")},
     }
     return facts | (latencies(state) if latency else dict.fromkeys(LATENCIES))
 
@@ -73,6 +86,49 @@ def _layer(layer: measure.LayerCost, milliseconds: float | None) -> dict[str, An
     )
 
 
+def storage_of(state: State) -> dict[str, dict[str, Any]]:
+    """What every parameter and buffer costs to store, tied ones once, by name.
+
+    A masked parameter costs what its form needs, anything else its values. Right after weight sharing it is what the
+    compressed file holds: codes of what is shared, the values of the rest; and the bytes after each stage beside it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    coded, kept = state.outcome.coded, state.model.state_dict().keys()
+    buffers = {name: value for name, value in state.model.named_buffers() if name in kept}
+    for name, tensor in {**dict(state.model.named_parameters()), **buffers}.items():
+        sizes, mask, bits = coded.get(name), state.masks.get(name), 8 * tensor.element_size()
+        if sizes is not None:
+            kind, cost = "shared", Storage(sizes.values, indices=sizes.indices, codebooks=sizes.codebook)
+        elif mask is not None and not coded:
+            kind, cost = storage.stored(state.forms.get(name, Form()), mask, tensor.shape, bits)
+        else:
+            kind, cost = "dense", storage.dense(tensor.shape, bits)
+        stages = sizes or Sizes.uncoded(cost.total)
+        found[name] = {
+            "format": kind,
+            "bytes": tensor.numel() * tensor.element_size(),
+            **{f"bytes_{key}": value for key, value in asdict(cost).items()},
+            "bytes_stored": cost.total,
+            **{key: getattr(stages, key.removeprefix("bytes_")) for key in STAGES},
+        }
+    return found
+
+
+def _semi_structured(state: State) -> dict[str, dict[str, Any]]:
+    """Columns of the layers with 2:4 weights; see `semi_structured.Timing`."""
+    images, _ = next(iter(state.data.calibration(64, 64)))
+    found = semi_structured.timings(state.model, state.masks, images)
+    return {name: asdict(timing) for name, timing in found.items()}
+
+
+def _of_layer(layer: str, stored: Mapping[str, Mapping[str, Any]], coded: bool) -> dict[str, Any]:
+    """The sums over what a layer owns itself, and the format of its weight."""
+    own = {name.rpartition(".")[2]: entry for name, entry in stored.items() if name.rpartition(".")[0] == layer}
+    columns = [key for entry in own.values() for key in entry if key != "format" and (coded or key not in STAGES)]
+    sums = {key: sum(entry[key] for entry in own.values()) for key in dict.fromkeys(columns)}
+    return {"format": own["weight"]["format"] if "weight" in own else None} | sums
+
+
 def describe(device: torch.device) -> str:
     """The device as tables name it."""
     if device.type == "cuda":
@@ -101,7 +157,7 @@ def row(
 ) -> Row:
     params = (dense or facts)["params"]
     of_convs = (dense or facts)["conv_params"]
-    nonzero = facts["params_nonzero"]
+    nonzero, stored = facts["params_nonzero"], facts.get("bytes_stored")
     return Row(
         recipe=labels["recipe"],
         stage=stage,
@@ -124,6 +180,8 @@ def row(
         macs_nonzero=facts["macs_nonzero"],
         flops=2 * facts["macs"],
         bytes=facts["bytes"],
+        bytes_stored=facts.get("bytes_stored"),
+        **{name: facts.get(name) for name in STAGES},
         acc1=facts["acc1"],
         acc5=facts["acc5"],
         loss=facts["loss"],
@@ -132,6 +190,7 @@ def row(
         acc1_dense=dense["acc1"] if dense else None,
         acc1_delta=facts["acc1"] - dense["acc1"] if dense else None,
         compression=params / max(nonzero, 1),
+        compression_bytes=(dense or facts)["bytes"] / max(stored, 1) if stored is not None else None,
         speedup_macs=(dense or facts)["macs"] / max(facts["macs"], 1),
         **{name: facts[name] for name in LATENCIES},
         slower_than_dense=slower(facts, dense),

@@ -29,13 +29,13 @@ class Timing:
         semi_structured: `converted`, or why not.
         latency_half_ms: milliseconds of the dense layer in float16 on the network's own inputs; None where not run.
         latency_semi_structured_ms: the same with converted weights.
-        error: largest difference of the outputs over the largest output.
+        semi_structured_error: largest difference of the outputs over the largest output.
     """
 
     semi_structured: str
     latency_half_ms: float | None = None
     latency_semi_structured_ms: float | None = None
-    error: float | None = None
+    semi_structured_error: float | None = None
 
 
 def two_of_four(mask: Tensor) -> bool:
@@ -90,8 +90,8 @@ def _timing(layer: nn.Module, inputs: Tensor | None, device: torch.device) -> Ti
             expected, found = dense(example), sparse(example)
     except (RuntimeError, ValueError, NotImplementedError) as error:  # sizes that the kernels do not take
         return Timing(" ".join(str(error).split())[:200])
-    times = [_median(module, example) for module in (dense, sparse)]
-    return Timing("converted", *times, float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)))
+    off = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return Timing("converted", _median(dense, example), _median(sparse, example), off)
 
 
 def _median(layer: nn.Module, example: Tensor) -> float:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune_cli.coding import Sizes
 from prune_cli.console import Console
 from prune_cli.data.dataset import Dataset
+from prune_cli.granularities.storage import Form
 from prune_cli.processes import ALONE, World
 from prune_cli.store import Slot
 
@@ -38,7 +40,9 @@ class Outcome:
 
     Attributes:
         sparse_norms: `all` or `inner`: norms that a sparsify stage made sparse, where the network has both kinds.
-        files: name -> text of the files that the stage leaves beside its checkpoint: tables, plots.
+        files: name -> content of the files that the stage leaves beside its checkpoint: tables, plots, compressed
+            weights.
+        coded: parameter name -> bytes of a shared weight after each stage of Deep Compression.
     """
 
     epochs: int = 0
@@ -48,7 +52,8 @@ class Outcome:
     ratio_channels: float | None = None
     history: tuple[Mapping[str, float], ...] = ()
     sparse_norms: str | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    coded: Mapping[str, Sizes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class State:
         seed: the run's seed; stages draw from `stage_seed`.
         stage: unique name of the running stage.
         masks: parameter name -> bool tensor, True = keep.
+        forms: parameter name -> how its mask is stored; single weights where absent.
         lineage: what surgery did to the dense network since it was built, JSON data; None before any.
         dense: stage folder of the network that entered the first pruning stage; the default teacher.
         slot: where the running stage keeps its resumable checkpoint.
@@ -79,6 +85,7 @@ class State:
     slot: Slot
     stage: str = "initial"
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
     lineage: Mapping[str, Any] | None = None
     dense: Path | None = None
     interrupted: Callable[[], bool] = lambda: False

@@ -10,13 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
-from torch import nn
 
 from prune_cli import coding
-from prune_cli.coding import Shared, SharedGradients
+from prune_cli.coding import Shared
 from prune_cli.errors import CheckpointError
 from prune_cli.granularities.storage import fillers
-from prune_cli.masks import Enforcer
 
 
 def sparse(seed: int, *shape: int, density: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,33 +64,6 @@ def test_centroid_gradient_is_that_of_autograd():
     full.retain_grad()
     ((full @ torch.ones(7).double()).sin().sum() + full.pow(3).sum()).backward()
     assert torch.allclose(coding.centroid_gradient(full.grad, shared.assignment, 5), codebook.grad)
-
-
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_fine_tuning_keeps_weights_shared_and_moves_centroids_as_autograd_does(optimizer):
-    torch.manual_seed(0)
-    model = nn.Linear(8, 6).double()
-    weight, keep = sparse(6, 6, 8, density=0.5)
-    shared = coding.share(weight.double(), keep, 4)
-    model.weight.data.copy_(shared.weight)
-    options = {"lr": 0.05} | ({"momentum": 0.9, "weight_decay": 1e-2} if optimizer == "SGD" else {})
-    trained = getattr(torch.optim, optimizer)([model.weight], **options)
-    codebook = shared.codebook.clone().requires_grad_()
-    reference = getattr(torch.optim, optimizer)([codebook], **options)
-    enforce, hook = Enforcer(model, {"weight": keep}, trained), SharedGradients(model, {"weight": shared})
-    x, y = sparse(7, 32, 8)[0].double(), sparse(8, 32, 6)[0].double()
-    for _ in range(20):
-        (model(x) - y).square().mean().backward()
-        hook(0, {})
-        trained.step()
-        trained.zero_grad()
-        enforce()
-        full = torch.where(keep, codebook[shared.assignment.clamp_min(0)], 0)
-        (nn.functional.linear(x, full, model.bias.detach()) - y).square().mean().backward()
-        reference.step()
-        reference.zero_grad()
-    assert len(torch.unique(model.weight.detach()[keep])) == len(codebook)
-    assert torch.allclose(model.weight[keep], codebook[shared.assignment[keep]])
 
 
 # ------------------------------------------------------------------------------------------------ gaps
@@ -227,3 +198,14 @@ def test_zeros_stay_zero():
     weight, keep = sparse(11, 50, 50)
     shared = Shared(torch.tensor([-1.0, 2.0]), torch.where(keep, (weight > 0).long(), -1))
     assert torch.equal(coding.decode(coding.encode(shared.weight)) == 0, ~keep)
+
+
+def test_tensors_without_gaps_have_no_codes_of_gaps():
+    weight = coding.share(sparse(12, 40, 30)[0], torch.ones(40, 30, dtype=torch.bool), 16).weight
+    coded = coding.encode(weight, 0)
+    assert torch.equal(coding.decode(coded), weight)
+    sizes = coding.sizes(coded)
+    assert (sizes.indices, sizes.pruned, sizes.shared) == (0, 4800, 40 * 30 * 4 // 8 + 16 * 4)
+    assert sizes.huffman < coding.sizes(coding.encode(weight, 8)).huffman
+    light = torch.where(sparse(13, 40, 30, density=0.9)[1], weight, 0)  # zeros are values then
+    assert torch.equal(coding.decode(coding.encode(light, 0)), light)

@@ -158,7 +158,7 @@ def test_user_errors(tmp_path, example):
     with pytest.raises(ConfigError, match="from 1 to 8"):
         write_compressed(*example, tmp_path / "x", conv=Bits(9, 8))
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="can't write"):
+    with pytest.raises(StorageError, match="cannot write"):
         write_compressed(*example, tmp_path / "file" / "x")
 
 

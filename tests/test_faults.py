@@ -20,23 +20,24 @@ from tests.conftest import ROOT
 
 QUICK = ("run", "recipe=quickstart", "limit_batches=2", "train.epochs=1", "finetune.epochs=1", "latency=false")
 
-# Every kind of stage, each long enough to be hit: soft and hard pruning with training, and distillation.
+# Every kind of stage, each long enough to be hit: soft and hard pruning with training, distillation, shared weights.
 LONG = (
     "run", "recipe=lenet_digits_irre", "model=lenet5", "deterministic=true", "device=cpu", "latency=false",
-    "stages=[train,prune,finetune]", "distillation=hinton", "train.epochs=8", "schedule.epochs=8",
+    "stages=[train,prune,finetune,share]", "distillation=hinton", "train.epochs=8", "schedule.epochs=8",
     "schedule.retrain_epoch=4", "schedule.prune_freq=2", "finetune.epochs=8", "finetune.fit.ema=0.99",
     "train.fit.checkpoint_seconds=0", "prune.fit.checkpoint_seconds=0", "finetune.fit.checkpoint_seconds=0",
+    "share.epochs=8", "share.fit.checkpoint_seconds=0",
 )  # fmt: skip
 
 
 def sums(folder: Path) -> dict[str, str]:
-    """The sha256 of every stage's weights and masks, from the manifests."""
+    """The sha256 of every stage's weights, compressed too, and masks, from the manifests."""
     stages = [path for path in folder.iterdir() if path.is_dir()]
     return {
         f"{path.name}/{name}": checksum
         for path in stages
         for name, checksum in json.loads((path / "manifest.json").read_text())["files"].items()
-        if name.endswith(".safetensors")
+        if name.endswith((".safetensors", ".compressed"))
     }
 
 
@@ -64,11 +65,11 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = sums(place / folder_of(done.stdout))
-    assert len(found) == 5
+    assert len(found) == 8
     return found
 
 
-@pytest.mark.parametrize("stage", ["train", "prune", "finetune"])
+@pytest.mark.parametrize("stage", ["train", "prune", "finetune", "share"])
 def test_kill_nine_then_the_same_command_ends_with_the_same_bytes(spawn, undisturbed, stage):
     process = spawn(*LONG)
     wait_for(process, f"{stage}: starting")
@@ -78,7 +79,7 @@ def test_kill_nine_then_the_same_command_ends_with_the_same_bytes(spawn, undistu
     again = spawn(*LONG)
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
-    earlier = ["train", "prune", "finetune"].index(stage)
+    earlier = ["train", "prune", "finetune", "share"].index(stage)
     assert err.count("taken from the store") >= earlier, "what was finished before the kill must not be lost"
     assert sums(folder_of(out)) == undisturbed
 

@@ -144,19 +144,20 @@ def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
 
 
 def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):
-    process = torchrun(tmp_path, *RUN, "criterion=taylor")
+    whole = (*RUN, "criterion=taylor", "stages=[train,prune,finetune,share]", "share.epochs=2")
+    process = torchrun(tmp_path, *whole)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert err.count("train: starting") == 1, "only rank 0 speaks"
     folder = tmp_path / out.strip().splitlines()[-1]
-    assert (folder / "results.csv").read_text().count("\n") == 4
+    assert (folder / "results.csv").read_text().count("\n") == 5
     assert len(list(tmp_path.glob("outputs/quickstart/*"))) == 1
     # What two processes finished, one finds in the store, and the other way round.
     alone = subprocess.run(
-        [sys.executable, "-m", "prune_cli", *RUN, "criterion=taylor"],
+        [sys.executable, "-m", "prune_cli", *whole],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
-    assert alone.stderr.count("taken from the store") == 3, alone.stderr
+    assert alone.stderr.count("taken from the store") == 4, alone.stderr
 
 
 def test_criteria_that_read_norm_statistics_choose_the_same_masks_on_every_rank(tmp_path):

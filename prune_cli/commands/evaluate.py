@@ -14,9 +14,9 @@ from prune_cli.errors import CheckpointError, ConfigError
 
 HELP = """usage: prune evaluate PATH [model=NAME] [dataset=NAME] [split=test|val|train] [key=value ...]
 
-PATH is a run folder (its last stage is taken), a stage folder, a folder with pruned.yaml, or a file of weights
-(safetensors, or a torch file that holds nothing but tensors; needs model= and dataset=). Keys not given are those of
-the run.
+PATH is a run folder (its last stage is taken), a stage folder, a folder with pruned.yaml, a compressed file of a
+weight-sharing stage, or a file of weights (safetensors, or a torch file that holds nothing but tensors; needs model=
+and dataset=). Keys not given are those of the run.
 """
 
 
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
-    from prune_cli import loading, measure, pipeline, pruned
+    from prune_cli import compressed, loading, measure, pipeline, pruned
     from prune_cli.checkpoints import load_weights
     from prune_cli.console import count
     from prune_cli.store import read_checkpoint
@@ -56,7 +56,10 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"split={split} is empty; set dataset.val to a fraction")
     build = loading.build_architecture(config["model"], data, "", 0).build
     masks = {}
-    if subject.path.is_dir():
+    small = subject.config.get("model") is not None and compressed.is_compressed(subject.path)
+    if small:
+        model, _ = pruned.load_compressed(subject.path, build())
+    elif subject.path.is_dir():
         if subject.stored is not None:
             read_checkpoint(subject.path)
         model = loading.load_model(subject.path, build)
@@ -69,10 +72,11 @@ def main(arguments: list[str]) -> int:
     model = model.to(device).eval()
     found = measure.accuracy(model, data.evaluation(split, 500))
     cost = measure.cost(model, torch.zeros(1, *data.shape, device=device), masks)
+    sparse = bool(masks) or (small and cost.macs_nonzero < cost.macs)
     sys.stdout.write(
         f"{found.correct} of {found.total} correct, acc1 {found.acc1:.2f}, acc5 {found.acc5:.2f}, loss {found.loss:.4f} "
         f"({split} split)\n{count(cost.params)} params ({cost.params}), {count(cost.macs)} MACs ({cost.macs})"
-        + (f", {count(cost.macs_nonzero)} MACs with weights that are not zero\n" if masks else "\n")
+        + (f", {count(cost.macs_nonzero)} MACs with weights that are not zero\n" if sparse else "\n")
     )
     return 0
 
@@ -84,13 +88,9 @@ def find_subject(path: Path) -> Subject:
         CheckpointError: a folder in which nothing was finished.
     """
     if path.is_file():
-        return Subject(path, {})
+        return _file(path)
     run = path if (path / artifacts.CONFIG).is_file() else path.parent
-    config: dict[str, Any] = {}
-    if (run / artifacts.CONFIG).is_file():
-        import yaml
-
-        config = yaml.safe_load((run / artifacts.CONFIG).read_text())
+    config = _config(run)
     if (path / artifacts.CHECKPOINT).is_file():
         stored = json.loads((path / artifacts.CHECKPOINT).read_text())
         return Subject(path, config | {"model": stored["model"]}, stored)
@@ -105,6 +105,25 @@ def find_subject(path: Path) -> Subject:
     last = max(stages, key=lambda folder: _position(path, folder.name))
     stored = json.loads((last / artifacts.CHECKPOINT).read_text())
     return Subject(last, config | {"model": stored["model"]}, stored)
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """The config of a run folder, or nothing where there is none."""
+    if not (run / artifacts.CONFIG).is_file():
+        return {}
+    import yaml
+
+    config: dict[str, Any] = yaml.safe_load((run / artifacts.CONFIG).read_text())
+    return config
+
+
+def _file(path: Path) -> Subject:
+    """A file of weights; a compressed one may know its network, and lie in the run folder that it came from."""
+    from prune_cli import compressed, pruned
+
+    if not compressed.is_compressed(path) or compressed.open_compressed(path).network is None:
+        return Subject(path, {})
+    return Subject(path, _config(path.resolve().parent.parent) | {"model": dict(pruned.read_compressed(path).node)})
 
 
 def _position(run: Path, stage: str) -> int:

@@ -17,6 +17,7 @@ from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
 from prune_cli.granularities.allot import Group, Structure, Vote
 from prune_cli.granularities.granularity import Context
+from prune_cli.granularities.storage import Form
 from prune_cli.granularities.targets import layers
 from prune_cli.masks import Masks
 from prune_cli.plan import Family, Plan
@@ -93,6 +94,10 @@ class Filter:
             votes=_votes(context, plan, family, dead) if context.dependency == "union_keep" else (),
             structure=Structure(plan, family.units),
         )
+
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+        """A smaller dense tensor, and one bit per channel: of weights, and of the biases and norms that go along."""
+        return {name: Form("filters") for name, _ in model.named_parameters()}
 
     def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
         """The network without the channels of which the masks leave nothing."""

@@ -26,6 +26,7 @@ from prune_cli.granularities import targets
 from prune_cli.granularities.allot import Dependency, Group, Limits, Normalize, Ranking, Scope, even, rank
 from prune_cli.granularities.allot import normalized as normalized
 from prune_cli.granularities.budget import Budget
+from prune_cli.granularities.storage import Form
 from prune_cli.granularities.targets import Ratio, Rule
 from prune_cli.masks import Masks
 from prune_cli.shrinking import Shrinks
@@ -73,6 +74,14 @@ class Coupled(Protocol):
 
     def explain(self, context: Context, named: frozenset[str]) -> list[str]:
         """What the network's structure changes about the request, one line each; `named`: weights asked by name."""
+
+
+@runtime_checkable
+class Formed(Protocol):
+    """Units whose masks are stored in other ways than weight by weight."""
+
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+        """How masks are stored, by parameter name; others are stored as single weights."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,11 @@ class Granularity:
     def ratios(self, model: nn.Module) -> dict[str, float | str]:
         """The ratio asked of each weight, by parameter name."""
         return targets.ratios(model, self.ratio, self.rules, self.ratio_file)
+
+    def forms(self, model: nn.Module, masks: Masks) -> dict[str, Form]:
+        """How each of the masks that these units made is stored."""
+        known = self.units.forms(model, self.ratios(model)) if isinstance(self.units, Formed) else {}
+        return {name: known.get(name, Form()) for name in masks}
 
     def named(self, model: nn.Module) -> frozenset[str]:
         """The weights that rules or a file ask for by name, not only by type."""

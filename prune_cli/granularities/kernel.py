@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -10,11 +10,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.granularities import storage
 from prune_cli.granularities.allot import Group
 from prune_cli.granularities.granularity import Context
 from prune_cli.granularities.spatial import check_scores, fitting, many_positions
-from prune_cli.granularities.storage import Storage
+from prune_cli.granularities.storage import Form
+from prune_cli.granularities.targets import layers
 
 NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 kernel is a single weight)"
 
@@ -39,9 +39,9 @@ class Kernel:
         asked = fitting(context.model, context.ratios, many_positions, "kernel", NEEDS)
         return [group(context, name, ratio) for name, ratio in asked.items()]
 
-    def storage(self, mask: Tensor, shape: Sequence[int], asked: float | str, bits: int = 32) -> Storage:
-        """Bytes of one weight: the kept kernels' values and one bit per kernel; linear layers as single weights."""
-        return storage.kernel(mask, shape, bits) if len(shape) > 2 else storage.element(mask, shape, bits)
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+        """The kept kernels' values and one bit per kernel."""
+        return {f"{name}.weight": Form("kernel") for name, module in layers(model).items() if many_positions(module)}
 
 
 def group(context: Context, name: str, ratio: float | Fraction) -> Group:

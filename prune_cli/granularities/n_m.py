@@ -20,10 +20,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from prune_cli.channels import removed
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import storage
 from prune_cli.granularities.allot import Group
 from prune_cli.granularities.granularity import Context
-from prune_cli.granularities.storage import Storage
+from prune_cli.granularities.storage import Form
 
 PAIRWISE = 16  # up to this m, comparing all pairs is faster than sorting
 
@@ -99,17 +98,12 @@ class NM:
                 found.append(Group(name, scores.flatten(), count / scores.numel(), mask, choose))
         return found
 
-    def storage(self, mask: Tensor, shape: Sequence[int], asked: float | str, bits: int = 32, axis: int = 1) -> Storage:
-        """Bytes of one weight: n values and n codes of log2(m) bits per group; see `storage.n_m`.
-
-        Args:
-            asked: the layer's ratio or pattern. A number that is no whole part of m was an irregular layer.
-        """
-        gone = None if isinstance(asked, str) else Fraction(str(asked)) * self.m
-        if gone is not None and gone.denominator != 1:
-            return storage.element(mask, shape, bits)
-        m, n = parse(asked, "pattern") if isinstance(asked, str) else self._whole(asked)
-        return storage.n_m(mask, shape, m, n, bits, axis)
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+        """n values and n codes of log2(m) bits per group; irregular layers as single weights."""
+        return {
+            name: Form("n_m", {"m": m, "n": n, "axis": axis_of(model, name)})
+            for name, (m, n) in self.patterns(ratios).items()
+        }
 
 
 def parse(pattern: str, name: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Annotated, Literal
@@ -18,12 +18,12 @@ from prune_cli.channels import removed
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.weights import l2
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import kernel, storage
+from prune_cli.granularities import kernel
 from prune_cli.granularities.allot import Group
 from prune_cli.granularities.granularity import Constraint, Context, Units
 from prune_cli.granularities.spatial import check_scores, fitting
-from prune_cli.granularities.storage import Storage
-from prune_cli.granularities.targets import Ratio
+from prune_cli.granularities.storage import Form
+from prune_cli.granularities.targets import Ratio, layers
 
 log = logging.getLogger(__name__)
 
@@ -143,13 +143,11 @@ class Pattern:
 
         return Group(name, scores.flatten(), float(goal), mask, choose)
 
-    def storage(self, mask: Tensor, shape: Sequence[int], asked: float | str, bits: int = 32) -> Storage:
-        """Bytes of one weight; layers without 3x3 kernels as single weights."""
-        if tuple(shape[2:]) != (3, 3):
-            return storage.element(mask, shape, bits)
-        entries = int(self.kept * POSITIONS)
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+        """The kept kernels' values, a pattern number each, one bit per kernel, and the library."""
         count = len(FIXED5) if self.pattern_set == "fixed5" else self.library
-        return storage.pattern(mask, shape, entries, count, bits)
+        form = Form("pattern", {"entries": int(self.kept * POSITIONS), "library": count})
+        return {f"{name}.weight": form for name, module in layers(model).items() if is_3x3(module)}
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """What a pruned weight costs to store: bytes of values, indices, bitmaps and codebooks, by formula per format.
 
-Every function takes a mask (True = keep, broadcastable to the weight's shape) and the bits of one value; each part is
-rounded up to whole bytes. `coding.py` writes real files with shared weights; these are the formats before that.
+Every format takes a mask (True = keep, broadcastable to the weight's shape) and the bits of one value; each part is
+rounded up to whole bytes. `stored` finds the bytes that a mask really needs, given the `Form` in which it was chosen.
+`coding.py` writes real files with shared weights; these are the formats before that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +35,19 @@ class Storage:
     def total(self) -> int:
         """All bytes."""
         return self.values + self.indices + self.bitmaps + self.codebooks
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form in which a mask was chosen, which later stages must know to count bytes; plain data.
+
+    Attributes:
+        format: name of a format in `FORMATS`.
+        numbers: what the format needs besides the mask, such as m and n.
+    """
+
+    format: str = "element"
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
 
 def _bytes(bits: int) -> int:
@@ -81,7 +95,10 @@ def element(mask: Tensor, shape: Sequence[int], bits: int = 32) -> Storage:
 def filters(mask: Tensor, shape: Sequence[int], bits: int = 32) -> Storage:
     """Whole rows and columns: a smaller dense tensor, and one bit per output and input channel."""
     full = _full(mask, shape)
-    return Storage(_bytes(int(full.sum()) * bits), bitmaps=_bytes(sum(shape[:2])))
+    kept = math.prod(shape[2:])
+    for axis in range(min(full.dim(), 2)):
+        kept *= int(full.movedim(axis, 0).reshape(shape[axis], -1).any(1).sum())
+    return Storage(_bytes(kept * bits), bitmaps=_bytes(sum(shape[:2])))
 
 
 def n_m(mask: Tensor, shape: Sequence[int], m: int, n: int, bits: int = 32, axis: int = 1) -> Storage:
@@ -125,3 +142,67 @@ def pattern(mask: Tensor, shape: Sequence[int], entries: int, library: int, bits
         bitmaps=_bytes(shape[0] * shape[1]),
         codebooks=_bytes(library * math.prod(shape[2:])),
     )
+
+
+# -------------------------------------------------------------------------------------------- which format it is
+
+FORMATS: Mapping[str, Callable[..., Storage]] = {
+    "element": element,
+    "filters": filters,
+    "n_m": n_m,
+    "stripe": stripe,
+    "kernel": kernel,
+    "pattern": pattern,
+}
+
+
+def stored(form: Form, mask: Tensor, shape: Sequence[int], bits: int = 32) -> tuple[str, Storage]:
+    """The format of a masked tensor, and its bytes.
+
+    That is the format of the mask's form while the mask still has it. Where later masks or surgery went across it, the
+    format would hold zeros as values, or cannot hold the mask at all: then single weights, if they need less. Where so
+    little is removed that indices cost more than it saves, the tensor is dense.
+
+    Args:
+        form: how the mask was chosen.
+        bits: of one value.
+
+    Returns:
+        Name of the format, or `dense`; and what is stored.
+    """
+    full = _full(mask, shape)
+    options = {}
+    if _holds(form, full):
+        options[form.format] = FORMATS[form.format](full, shape, bits=bits, **form.numbers)
+    if not options or options[form.format].values > _bytes(int(full.sum()) * bits):
+        options["element"] = element(full, shape, bits)
+    options["dense"] = dense(shape, bits)
+    return min(options.items(), key=lambda option: option[1].total)
+
+
+def _holds(form: Form, full: Tensor) -> bool:
+    """Whether a format can hold a mask; the formats of whole units hold any, with zeros as values."""
+    if form.format == "n_m":
+        return _has_groups(full, **form.numbers)
+    if form.format == "pattern":
+        return _has_patterns(full, **form.numbers)
+    return True
+
+
+def _has_groups(full: Tensor, m: int, n: int, axis: int = 1) -> bool:
+    """Whether no group of m along the axis keeps more than n."""
+    lines = full.movedim(axis, -1)
+    lines = torch.nn.functional.pad(lines, (0, -lines.shape[-1] % m))
+    return bool((lines.unflatten(-1, (-1, m)).sum(-1) <= n).all())
+
+
+def _has_patterns(full: Tensor, entries: int, library: int) -> bool:
+    """Whether every kernel is inside one of at most `library` patterns of `entries` positions."""
+    places = torch.arange(math.prod(full.shape[2:]), device=full.device)
+    codes = torch.unique((full.flatten(2).long() << places).sum(2))
+    kernels = (codes[:, None] >> places & 1).bool()
+    counts = kernels.sum(1)
+    patterns, parts = kernels[counts == entries], kernels[(counts < entries) & (counts > 0)]
+    if len(patterns) > library or bool((counts > entries).any()):
+        return False
+    return all(bool((part <= patterns).all(1).any()) for part in parts)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.granularities import storage
 from prune_cli.granularities.allot import Group
 from prune_cli.granularities.granularity import Context
 from prune_cli.granularities.spatial import check_scores, fitting, many_positions
-from prune_cli.granularities.storage import Storage
+from prune_cli.granularities.storage import Form
+from prune_cli.granularities.targets import layers
 
 NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 stripe is a whole filter)"
 
@@ -38,11 +38,9 @@ class Stripe:
         asked = fitting(context.model, context.ratios, many_positions, "stripe", NEEDS)
         return [_group(context, name, ratio) for name, ratio in asked.items()]
 
-    def storage(self, mask: Tensor, shape: Sequence[int], asked: float | str, bits: int = 32) -> Storage:
-        """Bytes of one weight: the kept stripes' values and one bit per stripe; other layers as single weights."""
-        if len(shape) > 2 and shape[2:] != (1,) * (len(shape) - 2):
-            return storage.stripe(mask, shape, bits)
-        return storage.element(mask, shape, bits)
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+        """The kept stripes' values and one bit per stripe."""
+        return {f"{name}.weight": Form("stripe") for name, module in layers(model).items() if many_positions(module)}
 
 
 def _group(context: Context, name: str, ratio: float) -> Group:

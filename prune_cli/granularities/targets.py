@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 import yaml
 from pydantic import Field
@@ -24,15 +24,14 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One entry of `granularity.rules`. A layer matches when it satisfies every key given; the last match wins.
+class Which:
+    """Which layers a rule is about. A layer matches when it satisfies every key given; the last match wins.
 
     Attributes:
         types: class names such as Conv2d; `default` stands for every layer type that can be pruned.
         names: dotted module names.
         names_re: regular expressions that must match a whole module name.
-        ratio: fraction removed; the granularity's own ratio where absent.
-        exclude: leave the layer dense.
+        exclude: leave the layer as it is.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -40,8 +39,21 @@ class Rule:
     types: tuple[str, ...] | None = None
     names: tuple[str, ...] | None = None
     names_re: tuple[str, ...] | str | None = None
-    ratio: Ratio | None = None
     exclude: bool = False
+
+
+@dataclass(frozen=True)
+class Rule(Which):
+    """One entry of `granularity.rules`.
+
+    Attributes:
+        ratio: fraction removed; the granularity's own ratio where absent.
+    """
+
+    ratio: Ratio | None = None
+
+
+Chosen = TypeVar("Chosen", bound=Which)
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -68,27 +80,41 @@ def ratios(model: nn.Module, ratio: float, rules: Sequence[Rule], ratio_file: Pa
         return _from_file(found, ratio_file)
     if not rules:
         return {f"{name}.weight": ratio for name in found}
-    chosen: dict[str, float | str] = {}
+    chosen = last_matches(found, rules, "granularity.rules")
+    return {
+        f"{name}.weight": ratio if rule.ratio is None else rule.ratio
+        for name, rule in chosen.items()
+        if not rule.exclude
+    }
+
+
+def last_matches(found: dict[str, nn.Module], rules: Sequence[Chosen], path: str) -> dict[str, Chosen]:
+    """The last rule that matches each layer, in the order of the layers; those that none matches are absent.
+
+    Args:
+        found: layers by name.
+        path: of the rules in the config, for messages.
+
+    Raises:
+        ConfigError: a rule that matches nothing, an unknown name or an impossible expression.
+    """
+    chosen: dict[str, Chosen] = {}
     for index, rule in enumerate(rules):
-        matched = [name for name, module in found.items() if _matches(rule, name, module, index, found)]
+        where = f"{path}[{index}]"
+        matched = [name for name, module in found.items() if _matches(rule, name, module, where, found)]
         if not matched:
-            raise ConfigError(f"granularity.rules[{index}]: matches no layer{_why(rule, found)}")
-        for name in matched:
-            if rule.exclude:
-                chosen.pop(f"{name}.weight", None)
-            else:
-                chosen[f"{name}.weight"] = ratio if rule.ratio is None else rule.ratio
-    order = [f"{name}.weight" for name in found]
-    return {name: chosen[name] for name in order if name in chosen}
+            raise ConfigError(f"{where}: matches no layer{_why(rule, found)}")
+        chosen |= dict.fromkeys(matched, rule)
+    return {name: chosen[name] for name in found if name in chosen}
 
 
-def _matches(rule: Rule, name: str, module: nn.Module, index: int, found: dict[str, nn.Module]) -> bool:
+def _matches(rule: Which, name: str, module: nn.Module, where: str, found: dict[str, nn.Module]) -> bool:
     if rule.types is not None and "default" not in rule.types and type(module).__name__ not in rule.types:
         return False
     if rule.names is not None:
         for wanted in rule.names:
             if wanted not in found:
-                raise ConfigError(f"granularity.rules[{index}].names: no layer {wanted!r}{nearest(wanted, found)}")
+                raise ConfigError(f"{where}.names: no layer {wanted!r}{nearest(wanted, found)}")
         if name not in rule.names:
             return False
     if rule.names_re is None:
@@ -97,10 +123,10 @@ def _matches(rule: Rule, name: str, module: nn.Module, index: int, found: dict[s
     try:
         return any(re.fullmatch(pattern, name) for pattern in patterns)
     except re.error as error:
-        raise ConfigError(f"granularity.rules[{index}].names_re: {error}") from error
+        raise ConfigError(f"{where}.names_re: {error}") from error
 
 
-def _why(rule: Rule, found: dict[str, nn.Module]) -> str:
+def _why(rule: Which, found: dict[str, nn.Module]) -> str:
     kinds = {type(module).__name__ for module in found.values()}
     unknown = [kind for kind in rule.types or () if kind not in kinds and kind != "default"]
     return f"; the network has no {unknown[0]}{nearest(unknown[0], kinds)}" if unknown else ""

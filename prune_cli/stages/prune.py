@@ -20,6 +20,7 @@ from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.fit import LrSchedule, OptimizerFactory, Options, Progress
 from prune_cli.granularities.granularity import Constraint, Coupled, Granularity, Selection, select
+from prune_cli.granularities.storage import Form
 from prune_cli.processes import same_masks
 from prune_cli.schedules.requests import Done, Mask, Memo, Request, Split, Train
 from prune_cli.stages import learning
@@ -39,6 +40,7 @@ class _Course:
     """Where a pruning stands: the memo before the pending request, masks, and the training that goes on.
 
     Attributes:
+        forms: how those of the masks that are this stage's are stored.
         splits: name of a constraint set -> what it keeps of the weights, while a schedule splits them.
         rho: weight of the penalty that ties the weights to their splits; None before the first.
         residuals: lines of the table of residuals so far.
@@ -46,6 +48,7 @@ class _Course:
 
     memo: Memo | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
+    forms: dict[str, Form] = field(default_factory=dict)
     progress: Progress | None = None
     facts: dict[str, float] = field(default_factory=dict)
     splits: dict[str, admm.Split] = field(default_factory=dict)
@@ -65,7 +68,7 @@ class _Course:
         """The rest of a checkpoint, JSON-serialisable, with that of the training."""
         return {
             "memo": self.memo, "fit": training, "facts": self.facts, "trained": trained, "splits": list(self.splits),
-            "rho": self.rho, "residuals": [asdict(residual) for residual in self.residuals],
+            "forms": {name: asdict(form) for name, form in self.forms.items()}, "rho": self.rho, "residuals": [asdict(residual) for residual in self.residuals],
         }  # fmt: skip
 
     def keep(self, state: State) -> None:
@@ -132,7 +135,9 @@ def prune(
         history=tuple(course.progress.history) if course.progress else (),
         files={RESIDUALS: artifacts.table(admm.Residual, course.residuals)} if course.residuals else {},
     )
-    after = state.evolve(masks=course.masks or state.masks, outcome=outcome)
+    after = state.evolve(masks=course.masks or state.masks, forms={**state.forms, **course.forms}, outcome=outcome)
+    if granularity.shrink:
+        after = after.evolve(forms=state.forms)  # what this stage removes is not masked any more
     return _shrunk(after, granularity) if granularity.shrink else after
 
 
@@ -217,8 +222,9 @@ def _mask(
     held: Mapping[str, Tensor] = (course.masks or state.masks) if request.monotone else state.masks
     statistics = _statistics(state, course, criterion, granularity, calibration)
     selection = _select(state, granularity, criterion, statistics, held, request.share)
+    course.forms = granularity.forms(state.model, selection.masks)
     log.info("%s: removed %d of %d units", state.stage, selection.removed, selection.units)
-    return selection
+    return replace(selection, masks=masking.joined(held, selection.masks))
 
 
 def _select(
@@ -229,7 +235,7 @@ def _select(
     held: Mapping[str, Tensor],
     share: float = 1.0,
 ) -> Selection:
-    """Masks beyond those that are held, the same on every rank."""
+    """Masks to join with those that are held, the same on every rank."""
     selection = select(
         granularity,
         criterion,
@@ -240,7 +246,6 @@ def _select(
         statistics=statistics,
         seed=state.stage_seed % 2**62,
     )
-    selection = replace(selection, masks=masking.joined(held, selection.masks))
     same_masks(state.world, selection.masks)
     return selection
 
@@ -265,7 +270,7 @@ def _split(
 
         def project(values: admm.Weights, scored=scored, units=units, statistics=statistics) -> Mapping[str, Tensor]:
             with admm.substituted(state.model, values):
-                return _select(state, units, scored, statistics, state.masks).masks
+                return masking.joined(state.masks, _select(state, units, scored, statistics, state.masks).masks)
 
         before = course.splits.get(constraint.name)
         after = admm.step(weights, before, project)
@@ -374,9 +379,11 @@ def _resumed(state: State, optimizer: OptimizerFactory) -> _Course:
     progress = loop.restore(state.model, optimizer, named(FIT), numbers["fit"])
     splits = {name: admm.Split(placed(f"{Z}{name}/"), placed(f"{U}{name}/")) for name in numbers["splits"]}
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
+    forms = {name: Form(**form) for name, form in numbers["forms"].items()}
     return _Course(
         numbers["memo"],
         placed(MASKS),
+        forms,
         progress if numbers["trained"] else None,
         numbers["facts"],
         splits,

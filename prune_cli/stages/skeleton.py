@@ -67,7 +67,8 @@ def skeleton(
         ratio_prunable=removed / max(units, 1),
         history=tuple(progress.history),
     )
-    return state.evolve(masks={**state.masks, **masks}, outcome=outcome)
+    forms = {**state.forms, **granularity.forms(state.model, masks)}
+    return state.evolve(masks={**state.masks, **masks}, forms=forms, outcome=outcome)
 
 
 def _names(state: State, granularity: Granularity) -> list[str]:

@@ -63,7 +63,8 @@ def sr_ste(
         history=tuple(progress.history),
     )
     log.info("%s: removed %d of %d weights", state.stage, removed, units)
-    return state.evolve(masks={**state.masks, **masks}, outcome=outcome)
+    forms = {**state.forms, **granularity.forms(state.model, masks)}
+    return state.evolve(masks={**state.masks, **masks}, forms=forms, outcome=outcome)
 
 
 def _patterns(state: State, granularity: Granularity) -> dict[str, tuple[int, int]]:

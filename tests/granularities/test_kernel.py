@@ -9,6 +9,7 @@ from torch import nn
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
+from prune_cli.granularities import storage
 from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.kernel import Kernel
 from prune_cli.granularities.targets import Rule
@@ -54,5 +55,8 @@ def test_refusals():
 def test_storage():
     mask = torch.ones(8, 3, 1, 1, dtype=torch.bool)
     mask[0] = False
-    cost = Kernel().storage(mask, (8, 3, 5, 5), 0.5)
+    forms = Kernel().forms(nn.Sequential(nn.Conv2d(3, 8, 5), nn.Linear(8, 8)), {})
+    assert set(forms) == {"0.weight"}
+    name, cost = storage.stored(forms["0.weight"], mask, (8, 3, 5, 5))
+    assert name == "kernel"
     assert (cost.values, cost.bitmaps) == (21 * 25 * 4, 3)

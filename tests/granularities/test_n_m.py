@@ -14,8 +14,10 @@ from torch import nn
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
+from prune_cli.granularities import storage
 from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.n_m import NM, nm_mask, parse, surplus
+from prune_cli.granularities.storage import Form
 from prune_cli.granularities.targets import Rule
 
 L1 = Criterion(weights.l1)
@@ -155,11 +157,19 @@ def test_illegal_combinations():
 
 def test_storage_of_2_of_4():
     keep = nm_mask(weight(4, 8, 16, 3, 3), 4, 2)
-    cost = NM().storage(keep, keep.shape, "m4n2", bits=16)
+    cost = storage.n_m(keep, keep.shape, 4, 2, bits=16)
     groups = 8 * 4 * 9
     assert (cost.values, cost.indices) == (groups * 2 * 2, groups * 2 * 2 // 8)
     assert cost.total / (keep.numel() * 2) == 36 / 64
-    assert NM().storage(keep, keep.shape, 0.5, bits=16) == cost
     short = nm_mask(weight(5, 2, 6), 4, 2)
-    assert NM().storage(short, short.shape, 0.5).values == 2 * 4 * 4
-    assert NM().storage(short, short.shape, 0.3).bitmaps or NM().storage(short, short.shape, 0.3).indices
+    assert storage.n_m(short, short.shape, 4, 2).values == 2 * 4 * 4
+
+
+def test_forms_know_patterns_axes_and_irregular_layers():
+    model = nn.Sequential(nn.Conv2d(8, 4, 3), nn.ConvTranspose2d(4, 8, 3), nn.Conv2d(8, 8, 1))
+    asked = {"0.weight": "m8n1", "1.weight": "m4n2", "2.weight": 0.5}
+    assert NM().forms(model, asked) == {
+        "0.weight": Form("n_m", {"m": 8, "n": 1, "axis": 1}),
+        "1.weight": Form("n_m", {"m": 4, "n": 2, "axis": 0}),
+    }
+    assert NM().forms(model, {"2.weight": 0.75}) == {"2.weight": Form("n_m", {"m": 4, "n": 1, "axis": 1})}

@@ -17,8 +17,10 @@ from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
 from prune_cli.granularities import pattern as patterns
+from prune_cli.granularities import storage
 from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.pattern import Pattern
+from prune_cli.granularities.storage import Form
 from prune_cli.granularities.targets import Rule
 
 L1, L2 = Criterion(weights.l1), Criterion(weights.l2)
@@ -163,5 +165,9 @@ def test_other_kernels_are_refused_where_they_were_chosen():
 def test_storage():
     mask = torch.zeros(8, 8, 3, 3, dtype=torch.bool)
     mask.view(64, 9)[:40, :4] = True
-    cost = Pattern(library=6).storage(mask, mask.shape, 0.75, bits=16)
+    form = Pattern(library=6).forms(nn.Sequential(nn.Conv2d(8, 8, 3)), {})["0.weight"]
+    assert form == Form("pattern", {"entries": 4, "library": 6})
+    assert Pattern("fixed5").forms(nn.Conv2d(8, 8, 1), {}) == {}
+    name, cost = storage.stored(form, mask, mask.shape, bits=16)
+    assert name == "pattern"
     assert (cost.values, cost.indices, cost.bitmaps, cost.codebooks) == (40 * 4 * 2, 40 * 3 // 8, 8, 7)

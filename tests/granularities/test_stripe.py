@@ -10,6 +10,7 @@ from prune_cli import measure
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
+from prune_cli.granularities import storage
 from prune_cli.granularities.budget import Budget
 from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.stripe import Stripe
@@ -89,7 +90,10 @@ def test_other_scores_and_patterns_are_refused(tmp_path):
 def test_storage():
     mask = torch.zeros(8, 1, 3, 3, dtype=torch.bool)
     mask.view(-1)[:10] = True
-    cost = Stripe().storage(mask, (8, 5, 3, 3), 0.5, bits=16)
+    forms = Stripe().forms(nn.Sequential(nn.Conv2d(5, 8, 3), nn.Conv2d(8, 8, 1)), {})
+    assert set(forms) == {"0.weight"}
+    name, cost = storage.stored(forms["0.weight"], mask, (8, 5, 3, 3), bits=16)
+    assert name == "stripe"
     assert (cost.values, cost.bitmaps, cost.total) == (10 * 5 * 2, 9, 109)
 
 
