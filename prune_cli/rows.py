@@ -125,7 +125,7 @@ def row(
         acc1_val=facts["acc1_val"],
         select_on=facts["select_on"],
         acc1_dense=dense["acc1"] if dense else None,
-        acc1_delta=facts["acc1"] - dense["acc1"] if dense else None,
+        acc1_delta=facts["acc1"] - dense["acc1"] if dense and dense["acc1"] is not None else None,
         compression=params / max(nonzero, 1),
         speedup_macs=(dense or facts)["macs"] / max(facts["macs"], 1),
         **{name: facts[name] for name in LATENCIES},
