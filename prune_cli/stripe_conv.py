@@ -111,9 +111,10 @@ class StripeConv2d(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight of the masked convolution, (out_channels, in_channels / groups, K, K)."""
         positions = self.kernel_size[0] * self.kernel_size[1]
-        full = self.weight.new_zeros(self.out_channels * positions, self.weight.shape[1])
-        full = full.index_copy(0, self.stripes, self.weight)
-        return full.view(self.out_channels, *self.kernel_size, -1).permute(0, 3, 1, 2)
+        filters = torch.div(self.stripes, positions, rounding_mode="floor")
+        full = self.weight.new_zeros(self.out_channels, self.weight.shape[1], positions)
+        full[filters, :, self.stripes - filters * positions] = self.weight
+        return full.view(self.out_channels, -1, *self.kernel_size)
 
     def rows(self, weight: Tensor) -> Tensor:
         """What stands in a tensor shaped like the masked convolution's weight, in the order of the stripes' rows."""
