@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from prune_cli import load_pruned, measure, pruned, shrink, shrinking, surgery
 from prune_cli import masks as masking
-from prune_cli import measure, pruned, shrinking, surgery
+from prune_cli.api import save_pruned
 from prune_cli.checkpoints import read_state_dict
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.errors import SurgeryError
+from prune_cli.errors import ConfigError, SurgeryError
 from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.stripe import Stripe
 from prune_cli.models.resnet import resnet
@@ -283,6 +284,22 @@ def test_stripes_are_exported_and_checked(prune, workplace):
     done = prune("export", str(result.folder), "--onnx", "small.onnx", "--program", "small.pt2")
     assert done.code == 0, done.err
     assert done.out.count("outputs differ by") == 2
+
+
+def test_python_shrinks_what_a_folder_holds_unless_it_is_stripes(prune, tmp_path):
+    images = draw(0, 2, 1, 8, 8)
+    filters = prune(*STRIPES, "stages=[prune]", "granularity=filter", "granularity.ratio=0.3")
+    small = shrink(load_pruned(filters.folder / "prune"), images, 0.5)
+    save_pruned(small, tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(load_pruned(tmp_path / "again")(images), small(images))
+    stripes = prune(*STRIPES, "stages=[prune]")
+    loaded = load_pruned(stripes.folder / "prune")
+    with pytest.raises(ConfigError, match="consists of single stripes"):
+        shrink(loaded, images, 0.5)
+    save_pruned(loaded, tmp_path / "stripes")
+    with torch.no_grad():
+        assert torch.equal(load_pruned(tmp_path / "stripes")(images), loaded(images))
 
 
 def test_damaged_stripes_in_pruned_yaml_are_refused(prune):
