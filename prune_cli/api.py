@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from prune_cli.granularities.granularity import Granularity, Normalize, select
 from prune_cli.granularities.targets import Rule, layers
 from prune_cli.nodes import resolve
 from prune_cli.pruned import Record
+from prune_cli.stripe_conv import StripeConv2d
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +82,15 @@ def shrink(
         given network has with those channels set to zero (norms over channels see only the channels that are left).
 
     Raises:
-        ConfigError: a name that is not there, a value out of range, or data missing that the criterion needs.
+        ConfigError: a name that is not there, a value out of range, data missing that the criterion needs, or a network
+            of stripes.
         SurgeryError: the model does not run on the example inputs, or cannot be shrunk as asked.
     """
+    if any(isinstance(module, StripeConv2d) for module in model.modules()):
+        raise ConfigError(
+            "this network consists of single stripes, whose channels cannot be cut any more; shrink the network that they "
+            "were taken from, or let prune run stages=[...,prune] go on from it"
+        )
     chosen = _criterion(criterion, model)
     rules, most = _rules(ratio)
     filters = Filter()
@@ -116,8 +124,8 @@ def shrink(
         check_on=(example_inputs,),
     )
     dense = pruned.dense_hash(model) if origin is None else origin.dense_sha256
-    node = {"_target_": _class_of(model)} if origin is None else origin.node
-    object.__setattr__(small.model, ORIGIN, Record(node, small.lineage, dense_sha256=dense))
+    record = Record({"_target_": _class_of(model)}) if origin is None else origin
+    object.__setattr__(small.model, ORIGIN, replace(record, lineage=small.lineage, dense_sha256=dense, cfg={}))
     return small.model
 
 

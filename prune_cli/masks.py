@@ -6,7 +6,7 @@ weights and moments after every optimizer step in one fused call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,19 @@ def joined(first: Masks, second: Masks) -> dict[str, Tensor]:
         name: first[name] & second[name].to(first[name].device) if name in first and name in second else mask
         for name, mask in both.items()
     }
+
+
+def sliced(mask: Tensor, kept: Mapping[int, Sequence[int]]) -> Tensor:
+    """The mask of a parameter of which only some positions are left; axes that it spreads over stay spread.
+
+    Args:
+        mask: with as many axes as the parameter.
+        kept: axis -> positions that are left.
+    """
+    for axis, indices in kept.items():
+        if mask.shape[axis] > 1:
+            mask = mask.index_select(axis, torch.tensor(indices, device=mask.device))
+    return mask
 
 
 class Enforcer:

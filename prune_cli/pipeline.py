@@ -63,13 +63,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A checked pipeline, ready to run: the first state, the steps and the key of what they start from."""
+    """A checked pipeline, ready to run: the first state, the steps and the key of what they start from.
+
+    Attributes:
+        measured: whether the network that the first stage gets has a row of its own.
+        trained: whether it was trained; where it was not, nothing is compared with its accuracy.
+    """
 
     state: State
     steps: tuple[Step, ...]
     root_key: str
     labels: Mapping[str, Any]
     measured: bool
+    trained: bool
 
 
 def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, store: Store) -> Pipeline:
@@ -115,8 +121,8 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
     parts = (content_key(config["model"]), state_sha256(model.state_dict()), data.fingerprint, state.seed)
     root_key = key_of("", *parts, content_key(_without_place(config["dataset"])), config.get("limit_batches"))
     labels = {"seed": state.seed} | {group: choices.get(group) for group in ("recipe", "model", "dataset")}
-    measured = bool(weights) or bool(config["model"].get("pretrained")) or _prunes(steps[0])
-    return Pipeline(state, tuple(steps), root_key, labels, measured)
+    trained = bool(weights) or bool(config["model"].get("pretrained"))
+    return Pipeline(state, tuple(steps), root_key, labels, trained or _prunes(steps[0]), trained)
 
 
 def _step(stage: str, occurrence: int, node: Mapping[str, Any], choices: Mapping[str, str]) -> Step:
@@ -128,7 +134,12 @@ def _step(stage: str, occurrence: int, node: Mapping[str, Any], choices: Mapping
 
 def _prunes(step: Step) -> bool:
     """Whether a stage removes something: the network that enters the first such stage is the dense one."""
-    return isinstance(step.run, functools.partial) and {"granularity", "schedule"} <= step.run.keywords.keys()
+    return isinstance(step.run, functools.partial) and {"granularity", "distillation"} <= step.run.keywords.keys()
+
+
+def _reads_weights(step: Step) -> bool:
+    """Whether a stage chooses among the weights or channels of layers, which must be plain ones then."""
+    return isinstance(step.run, functools.partial) and bool({"granularity", "regulariser"} & step.run.keywords.keys())
 
 
 def _check(step: Step, state: State) -> State:
@@ -216,6 +227,8 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
             continue
         if state.dense is not None and dense is None:
             dense = _measured(state.dense)
+            if not pipeline.trained and len(table) == 1 and table[0].stage == INITIAL:
+                dense = {**dense, "acc1": None}
         facts = _measured(saved)
         if latency and facts["latency_ms_b1"] is None:  # stored by a run that did not measure it
             facts |= rows.latencies(state)
@@ -251,7 +264,8 @@ def _reuse_or_compute(step: Step, state: State, key: str, store: Store, latency:
         log.info("%s: starting (%s)", step.name, key)
         began = time.monotonic()
         torch.manual_seed(derive_seed(state.seed, step.name, *([world.rank] if world.rank else [])))
-        after = step.run(state.evolve(stage=step.name, slot=store.slot(key), outcome=Outcome()))
+        before = shrinking.expanded(state) if _reads_weights(step) else state
+        after = step.run(before.evolve(stage=step.name, slot=store.slot(key), outcome=Outcome()))
         seconds = time.monotonic() - began
         if world.main:
             facts = rows.measure_stage(after, seconds, latency)

@@ -7,6 +7,7 @@
     cfg, projection            the same as the builder takes them, where it can build the small network from widths
     kept                       which positions of the dense network's parameters and buffers are left, as ranges
     attributes, scales         numbers in modules that followed; factors on parameters (see surgery.Lineage)
+    stripes                    convolution -> numbers of its stripes, where it is a stripe_conv.StripeConv2d
     dense_sha256               of the dense network's weights, as in results.csv
     masks                      file of masks, where weights are masked inside the tensors
     sha256                     of the files beside it
@@ -37,8 +38,9 @@ from prune_cli import artifacts, compressed, surgery
 from prune_cli import masks as masking
 from prune_cli.checkpoints import fit_weights, load_weights, read_state_dict, sha256_of, state_sha256, write_weights
 from prune_cli.errors import CheckpointError, ConfigError, SurgeryError
-from prune_cli.granularities.targets import layers
+from prune_cli.granularities.targets import PRUNABLE
 from prune_cli.nodes import locate, resolve
+from prune_cli.stripe_conv import StripeConv2d
 from prune_cli.surgery import Lineage
 
 FORMAT = 1
@@ -107,6 +109,7 @@ def description(model: nn.Module, record: Record) -> dict[str, Any]:
         "kept": _grouped(record.lineage),
         "attributes": attributes,
         "scales": {name: list(values) for name, values in record.lineage.scales.items()},
+        "stripes": {name: ranges(numbers) for name, numbers in record.lineage.stripes.items()},
         "dense_sha256": record.dense_sha256,
     }
 
@@ -114,7 +117,9 @@ def description(model: nn.Module, record: Record) -> dict[str, Any]:
 def widths_of(model: nn.Module) -> dict[str, int]:
     """Outputs of every convolution and linear layer, by dotted name."""
     found: dict[str, int] = {}
-    for name, module in layers(model).items():
+    for name, module in model.named_modules():
+        if not isinstance(module, (*PRUNABLE, StripeConv2d)):
+            continue
         width = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
         assert isinstance(width, int)
         found[name] = width
@@ -253,10 +258,11 @@ def _described(content: Mapping[str, Any], path: Path) -> tuple[Record, dict[str
             name, axis = str(place).rsplit(" ", 1)
             kept.setdefault(name, {})[int(axis)] = indices
     scales = {str(name): tuple(map(float, values)) for name, values in content["scales"].items()}
+    stripes = {str(name): indices_of(numbers) for name, numbers in content.get("stripes", {}).items()}
     shape = content["in_shape"]
     record = Record(
         node={"_target_": content["model"]["builder"], **content["model"]["arguments"]},
-        lineage=Lineage(kept, _attributes(content["attributes"], path), scales),
+        lineage=Lineage(kept, _attributes(content["attributes"], path), scales, stripes),
         num_classes=content["num_classes"],
         in_shape=None if shape is None else tuple(int(size) for size in shape),
         dense_sha256=content["dense_sha256"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,7 @@ from prune_cli.granularities import storage
 from prune_cli.granularities.latency import layer_times
 from prune_cli.granularities.storage import Form, Storage
 from prune_cli.state import State
+from prune_cli.stripe_conv import StripeConv2d
 
 CONV = "Conv"  # in the class name of every convolution
 STAGES = ("bytes_pruned", "bytes_shared", "bytes_huffman", "bytes_entropy")
@@ -95,12 +97,15 @@ def storage_of(state: State) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     coded, kept = state.outcome.coded, state.model.state_dict().keys()
     buffers = {name: value for name, value in state.model.named_buffers() if name in kept}
+    striped = {f"{name}.stripes": m for name, m in state.model.named_modules() if isinstance(m, StripeConv2d)}
     for name, tensor in {**dict(state.model.named_parameters()), **buffers}.items():
         sizes, mask, bits = coded.get(name), state.masks.get(name), 8 * tensor.element_size()
         if sizes is not None:
             kind, cost = "shared", Storage(sizes.values, indices=sizes.indices, codebooks=sizes.codebook)
         elif mask is not None and not coded:
             kind, cost = storage.stored(state.forms.get(name, Form()), mask, tensor.shape, bits)
+        elif name in striped:  # one bit per stripe says as much as the numbers that the network computes with
+            kind, cost = "stripe", storage.positions(striped[name].out_channels * math.prod(striped[name].kernel_size))
         else:
             kind, cost = "dense", storage.dense(tensor.shape, bits)
         stages = sizes or Sizes.uncoded(cost.total)
@@ -126,7 +131,9 @@ def _of_layer(layer: str, stored: Mapping[str, Mapping[str, Any]], coded: bool) 
     own = {name.rpartition(".")[2]: entry for name, entry in stored.items() if name.rpartition(".")[0] == layer}
     columns = [key for entry in own.values() for key in entry if key != "format" and (coded or key not in STAGES)]
     sums = {key: sum(entry[key] for entry in own.values()) for key in dict.fromkeys(columns)}
-    return {"format": own["weight"]["format"] if "weight" in own else None} | sums
+    weight = own.get("weight")
+    kind = "stripe" if weight and weight["format"] == "dense" and "stripes" in own else weight and weight["format"]
+    return {"format": kind} | sums
 
 
 def describe(device: torch.device) -> str:
@@ -188,7 +195,7 @@ def row(
         acc1_val=facts["acc1_val"],
         select_on=facts["select_on"],
         acc1_dense=dense["acc1"] if dense else None,
-        acc1_delta=facts["acc1"] - dense["acc1"] if dense else None,
+        acc1_delta=facts["acc1"] - dense["acc1"] if dense and dense["acc1"] is not None else None,
         compression=params / max(nonzero, 1),
         compression_bytes=(dense or facts)["bytes"] / max(stored, 1) if stored is not None else None,
         speedup_macs=(dense or facts)["macs"] / max(facts["macs"], 1),

@@ -1,4 +1,4 @@
-"""From masks to a network that is really smaller, checked against the masked one.
+"""From masks to a network that is really smaller, checked against the masked one, and back where masks are needed.
 
 The masks say which units are gone; the granularity's units know how to take them out. What comes back computes what
 the masked network computes, or it is an error.
@@ -14,14 +14,18 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from prune_cli import masked
+from prune_cli import masked, stripe_conv
+from prune_cli import masks as masking
 from prune_cli.errors import SurgeryError
 from prune_cli.masks import Masks
 from prune_cli.measure import evaluating
+from prune_cli.state import State
+from prune_cli.stripe_conv import StripeConv2d
 from prune_cli.surgery import Lineage, Shrunk
 
 log = logging.getLogger(__name__)
 
+CHECKED = 4  # images on which the shrunk network must agree with the masked one
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output: rounding in float32 stays far below."""
 
@@ -76,14 +80,38 @@ def shrink(
     with evaluating(model), evaluating(shrunk.model):
         for inputs in check_on:
             _agree(model, shrunk, inputs)
-    left = {name: _sliced(mask, model.get_parameter(name), shrunk.lineage, name) for name, mask in masks.items()}
+    left = {name: _left(name, mask, shrunk) for name, mask in masks.items()}
     whole = shrunk.lineage if lineage is None else shrunk.lineage.after(lineage)
     return Small(shrunk.model, {name: mask for name, mask in left.items() if not bool(mask.all())}, whole)
 
 
+def shrink_state(state: State, units: object) -> State:
+    """The state with the masked units taken out; masked and shrunk network must agree on calibration images."""
+    assert isinstance(units, Shrinks), "checked before anything was trained"
+    masking.apply(state.model, state.masks)
+    images = [image[None] for batch, _ in state.data.calibration(CHECKED, CHECKED) for image in batch]
+    small = shrink(
+        units,
+        state.model,
+        state.example_inputs(),
+        state.masks,
+        lineage=composed(state.lineage),
+        check_on=images[:CHECKED],
+    )
+    before, after = (sum(p.numel() for p in model.parameters()) for model in (state.model, small.model))
+    log.info("%s: shrunk from %d to %d params", state.stage, before, after)
+    return state.evolve(model=small.model, masks=small.masks, lineage=small.lineage.to_dict())
+
+
 def _agree(model: nn.Module, shrunk: Shrunk, inputs: Any) -> None:
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-        worst = masked.difference(model, shrunk, inputs)
+    try:
+        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+            worst = masked.difference(model, shrunk, inputs)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise SurgeryError(
+            f"the shrunk network does not run ({' '.join(str(error).split())[:200]}); keep the masks "
+            "(granularity.shrink=false) and report the network"
+        ) from error
     log.debug("masked and shrunk network differ by %.1e of the largest output", worst)
     if not worst <= TOLERANCE:  # nan too
         raise SurgeryError(
@@ -92,12 +120,22 @@ def _agree(model: nn.Module, shrunk: Shrunk, inputs: Any) -> None:
         )
 
 
-def _sliced(mask: Tensor, parameter: Tensor, lineage: Lineage, name: str) -> Tensor:
-    """A mask in the shape of the smaller parameter; axes that it spreads over stay spread."""
-    for axis, indices in lineage.kept.get(name, {}).items():
-        if mask.shape[axis - parameter.dim()] > 1:
-            mask = mask.index_select(axis - parameter.dim(), torch.tensor(indices, device=mask.device))
-    return mask
+def _left(name: str, mask: Tensor, shrunk: Shrunk) -> Tensor:
+    """A mask in the shape of the parameter of the smaller network."""
+    mask = masking.sliced(mask, shrunk.lineage.kept.get(name, {}))
+    layer = shrunk.model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(layer, StripeConv2d) or not name.endswith("weight"):
+        return mask
+    return layer.rows(mask.expand(layer.out_channels, layer.weight.shape[1], *layer.kernel_size))
+
+
+def expanded(state: State) -> State:
+    """The state with plain convolutions and masks in place of stripes: what a stage that chooses weights can work on."""
+    lineage = composed(state.lineage)
+    if lineage is None or not lineage.stripes:
+        return state
+    model, masks = stripe_conv.expanded(state.model, state.masks)
+    return state.evolve(model=model, masks=masks, lineage=lineage.without_stripes().to_dict())
 
 
 def composed(lineage: Mapping[str, Any] | None) -> Lineage | None:

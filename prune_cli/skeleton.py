@@ -6,15 +6,16 @@ Every convolution's weight is W * I with one number I per stripe, trained togeth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-NormOf = Mapping[str, tuple[str | None, str | None]]
-"""Weight -> names of the scale and shift of the norm behind it."""
+Constants = Mapping[str, Sequence[str]]
+"""Weight -> names of the parameters per filter that make a constant of a filter without stripes: the layer's bias, and
+scale and shift of the norm behind it."""
 
 
 class Skeleton(nn.Module):
@@ -33,6 +34,14 @@ class Skeleton(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * (self.strength * self.alive)
+
+    @torch.no_grad()
+    def bury(self, threshold: float, least: int) -> None:
+        """Stripes whose |I| is not above the threshold die, but for the `least` strongest of the layer."""
+        strength = self.strength.abs().masked_fill(~self.alive, -1.0).flatten()
+        strongest = torch.sort(strength, descending=True, stable=True).indices[:least]
+        stays = (strength > threshold).index_fill(0, strongest, True)
+        self.alive &= stays.view_as(self.alive)
 
 
 def _skeletons(model: nn.Module, names: Iterable[str]) -> list[tuple[str, Skeleton]]:
@@ -59,43 +68,60 @@ class Shrinkage:
         names: their weights.
         alpha: weight of the penalty, 1e-5 on CIFAR.
         threshold: |I| at which a stripe dies, 0.01 in the released commands; 0 lets none die but exact zeros.
-        norms: the norm behind each weight; a filter without living stripes takes its scale and shift to zero.
+        constants: see `Constants`; a filter without living stripes takes its entries to zero.
+        least: weight -> stripes that stay however weak they are; none where it is not named.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], alpha: float, threshold: float, norms: NormOf) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        alpha: float,
+        threshold: float,
+        constants: Constants,
+        least: Mapping[str, int] | None = None,
+    ) -> None:
         self._model, self._skeletons = model, _skeletons(model, names)
-        self._alpha, self._threshold, self._norms = alpha, threshold, norms
+        self._alpha, self._threshold, self._constants, self._least = alpha, threshold, constants, least or {}
 
     @torch.no_grad()
     def __call__(self, step: int, memory: dict[str, Tensor]) -> None:
         for name, skeleton in self._skeletons:
             strength, alive = skeleton.strength, skeleton.alive
-            alive &= strength.abs() > self._threshold
+            skeleton.bury(self._threshold, self._least.get(name, 0))
             strength.mul_(alive)  # momentum may have moved the dead
             if strength.grad is not None:
                 strength.grad.add_(strength.sign(), alpha=self._alpha).mul_(alive)
             dead = ~alive.flatten(1).any(1)
-            for parameter in self._norms.get(name, ()):
-                if parameter is not None:
-                    affine = self._model.get_parameter(parameter)
-                    affine[dead] = 0
-                    if affine.grad is not None:
-                        affine.grad[dead] = 0
+            for parameter in self._constants.get(name, ()):
+                constant = self._model.get_parameter(parameter)
+                constant[dead] = 0
+                if constant.grad is not None:
+                    constant.grad[dead] = 0
 
 
 @torch.no_grad()
-def detach(model: nn.Module, names: Iterable[str], threshold: float, norms: NormOf) -> dict[str, Tensor]:
-    """Absorbs I into the weights under their old names; returns the masks of stripes and of dead filters' norms."""
+def detach(
+    model: nn.Module,
+    names: Iterable[str],
+    threshold: float,
+    constants: Constants,
+    least: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """Absorbs I into the weights under their old names; returns the masks of stripes and of dead filters' constants.
+
+    Args: as of `Shrinkage`.
+    """
     masks: dict[str, Tensor] = {}
     for name, skeleton in _skeletons(model, list(names)):
-        skeleton.alive &= skeleton.strength.abs() > threshold
+        skeleton.bury(threshold, (least or {}).get(name, 0))
         masks[name] = skeleton.alive.clone()
         parametrize.remove_parametrizations(
             model.get_submodule(name.rpartition(".")[0]), "weight", leave_parametrized=True
         )
         living = masks[name].flatten(1).any(1)
-        for parameter in norms.get(name, ()):
-            if parameter is not None and not living.all():
+        for parameter in constants.get(name, ()):
+            if not living.all():
                 model.get_parameter(parameter)[~living] = 0
                 masks[parameter] = living
     return masks

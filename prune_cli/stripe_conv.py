@@ -1,30 +1,40 @@
 """Convolutions that are really smaller after stripe pruning (arXiv:2009.14410, section 3.3).
 
 A stripe is one kernel position of one filter. `StripeConv2d` holds only the stripes that are left, as the rows of one
-matrix, and computes y_n(p) = sum over its stripes (i, j) of w . x(stride * p + dilation * (i, j)): one matrix product
-per kernel position on a strided slice of the padded input, or one for all positions of equal phase.
+matrix, and computes y_n(p) = sum over its stripes (i, j) of w . x(stride * p + dilation * (i, j)) by the fastest of
+three forms: one matrix product for all positions of equal phase, whose results are shifted and added (`_fused`); one
+per kernel position on a strided slice of the padded input (`_by_position`); or the dense kernel, with the weight
+spread out for the call (`_spread_out`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from prune_cli import surgery
-from prune_cli.channels import Plan, analyse
-from prune_cli.errors import SurgeryError
+from prune_cli.errors import SurgeryError, nearest
 from prune_cli.masks import Masks
-from prune_cli.trace import Example
 
 CHUNK = 400_000
 """Elements of the products that the fused form makes at a time: they stay in a core's cache while they are added."""
+
+
+ADDING, STARTING, MARGIN = 80, 2_000_000, 1.3
+"""What the fused form costs besides its products, in multiply-adds of a dense kernel: to add one element of a product,
+to begin, and altogether. Fitted to the times of 157 layers of 16 to 512 channels, 2 to 32 pixels, batches of 1 to 64,
+50 to 90 % removed, on one x86 core (scripts/bench/stripe.py shows what it leads to)."""
+
+SHORT = 2000
+"""Elements per map below which maps are added per kernel position: the calls would take longer than the additions."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,20 @@ class _Block:
 
     phase: tuple[int, int]
     group: int
-    rows: Tensor  # rows of the weight, in order of the product's rows
+    rows: Tensor  # rows of the weight, in order of the product's rows: by kernel position, then by filter
     filters: tuple[int, ...]  # output channel per row
     shifts: tuple[tuple[int, int], ...]  # steps of the output grid per row
-    taps: tuple[tuple[tuple[int, int], Tensor, Tensor], ...]  # shift, rows of the weight, output channels
+    taps: tuple[_Tap, ...]
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """The stripes of one kernel position."""
+
+    shift: tuple[int, int]
+    rows: Tensor  # of the weight
+    filters: Tensor  # output channels, each once
+    start: int  # first row of the product
 
 
 @dataclass(frozen=True)
@@ -47,9 +67,9 @@ class _Workspace:
     inputs: list[Tensor]  # per block: channels, images, rows, columns, zero around the images
     weights: list[Tensor]  # per block: stripes, channels
     products: list[Tensor]  # per block: stripes, everything
-    terms: list[list[Tensor]]  # per filter: its products, shifted
-    targets: list[Tensor]  # per filter: where their sum goes
-    sums: Tensor
+    sums: Tensor  # output channels, everything
+    adding: list[tuple[Tensor, list[Tensor]]]  # per filter: where its sum goes, its products, shifted
+    together: list[tuple[Tensor, Tensor, Tensor]]  # per kernel position: sums, filters, their products, shifted
 
 
 class StripeConv2d(nn.Module):
@@ -69,7 +89,7 @@ class StripeConv2d(nn.Module):
         super().__init__()
         self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
         self.kernel_size, self.stride, self.dilation = _pair(conv.kernel_size), _pair(conv.stride), _pair(conv.dilation)
-        self.padding_mode = conv.padding_mode
+        self.padding, self.padding_mode = conv.padding, conv.padding_mode
         self.pads = tuple(int(pad) for pad in conv._reversed_padding_repeated_twice)  # left, right, top, bottom
         if tuple(keep.shape) != (self.out_channels, *self.kernel_size):
             raise SurgeryError(f"keep has shape {tuple(keep.shape)}; give {(self.out_channels, *self.kernel_size)}")
@@ -91,9 +111,51 @@ class StripeConv2d(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight of the masked convolution, (out_channels, in_channels / groups, K, K)."""
         positions = self.kernel_size[0] * self.kernel_size[1]
-        full = self.weight.new_zeros(self.out_channels * positions, self.weight.shape[1])
-        full = full.index_copy(0, self.stripes, self.weight)
+        filters = torch.div(self.stripes, positions, rounding_mode="floor")
+        full = self.weight.new_zeros(self.out_channels, self.weight.shape[1], positions)
+        full[filters, :, self.stripes - filters * positions] = self.weight
+        return full.view(self.out_channels, -1, *self.kernel_size)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """What stands in a tensor shaped like the masked convolution's weight, in the order of the stripes' rows."""
+        return weight.permute(0, 2, 3, 1).reshape(-1, weight.shape[1])[self.stripes.to(weight.device)]
+
+    def spread(self, mask: Tensor | None = None) -> Tensor:
+        """The mask of the masked convolution's weight; (out_channels, 1, K, K) where whole stripes are all it says.
+
+        Args:
+            mask: (stripes, in_channels / groups), what is masked inside the stripes.
+        """
+        positions = self.kernel_size[0] * self.kernel_size[1]
+        rows = torch.ones(1, 1, dtype=torch.bool, device=self.stripes.device) if mask is None else mask
+        rows = rows.to(self.stripes.device).expand(len(self.stripes), rows.shape[1])
+        full = torch.zeros(self.out_channels * positions, rows.shape[1], dtype=torch.bool, device=rows.device)
+        full = full.index_copy(0, self.stripes, rows)
         return full.view(self.out_channels, *self.kernel_size, -1).permute(0, 3, 1, 2)
+
+    def dense(self) -> nn.Conv2d:
+        """The masked convolution itself."""
+        conv = nn.utils.skip_init(
+            nn.Conv2d,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        with torch.no_grad():
+            conv.weight.copy_(self.dense_weight())
+            if self.bias is not None and conv.bias is not None:
+                conv.bias.copy_(self.bias)
+                conv.bias.requires_grad_(self.bias.requires_grad)
+        conv.weight.requires_grad_(self.weight.requires_grad)
+        return conv.train(self.training)
 
     def out_size(self, x: Tensor) -> tuple[int, int]:
         """Height and width of the output."""
@@ -108,11 +170,36 @@ class StripeConv2d(nn.Module):
         return grid[0], grid[1]
 
     def forward(self, x: Tensor) -> Tensor:
+        # The form depends on shapes alone, so that a network gives the same bits in every process.
+        if torch.compiler.is_compiling():
+            return self._spread_out(x)
+        if is_in_torch_dispatch_mode():  # counted or analysed: what is needed, operator by operator
+            return self._by_position(x)
         # Adding many shifted maps by single calls pays on a CPU, where they stay in its cache, and not with autograd.
         learning = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if x.device.type == "cpu" and not learning and not torch.is_autocast_enabled("cpu"):
+        if x.device.type == "cpu" and not learning and not torch.is_autocast_enabled("cpu") and self._pays(x):
             return self._fused(x)
-        return self._by_position(x)
+        return self._spread_out(x)
+
+    def _pays(self, x: Tensor) -> bool:
+        """Whether the fused form should be faster than the dense kernel on an input of this shape."""
+        height, width = self.out_size(x)
+        down, right = self._reach()
+        columns = self.weight.shape[1]
+        fused = len(self.weight) * (columns + ADDING) * (height + down) * (width + right) * len(x) + STARTING
+        dense = self.out_channels * columns * self.kernel_size[0] * self.kernel_size[1] * height * width * len(x)
+        return MARGIN * fused < dense
+
+    def _reach(self) -> tuple[int, int]:
+        """The farthest stripe's steps of the output grid, down and right."""
+        shifts = [shift for block in self._blocks for shift in block.shifts]
+        return max((down for down, _ in shifts), default=0), max((right for _, right in shifts), default=0)
+
+    def _spread_out(self, x: Tensor) -> Tensor:
+        """The masked convolution by the dense kernel."""
+        zeros = self.padding_mode == "zeros"
+        x, padding = (x, self.padding) if zeros else (self._pad(x), 0)
+        return F.conv2d(x, self.dense_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
 
     def _by_position(self, x: Tensor) -> Tensor:
         """One 1x1 convolution per kernel position on the strided slice of the padded input."""
@@ -120,19 +207,19 @@ class StripeConv2d(nn.Module):
         padded = self._pad(x)
         out: Tensor | None = None
         for block in self._blocks:
-            for shift, rows, places in block.taps:
-                top = block.phase[0] + shift[0] * self.stride[0]
-                left = block.phase[1] + shift[1] * self.stride[1]
+            for tap in block.taps:
+                top = block.phase[0] + tap.shift[0] * self.stride[0]
+                left = block.phase[1] + tap.shift[1] * self.stride[1]
                 window = padded[
                     :,
                     self._channels(block.group),
                     top : top + (height - 1) * self.stride[0] + 1 : self.stride[0],
                     left : left + (width - 1) * self.stride[1] + 1 : self.stride[1],
                 ]
-                part = F.conv2d(window, self.weight[rows.to(x.device)][:, :, None, None])
+                part = F.conv2d(window, self.weight[tap.rows.to(x.device)][:, :, None, None])
                 if out is None:
                     out = part.new_zeros(x.shape[0], self.out_channels, height, width)
-                out = out.index_add(1, places.to(x.device), part)  # a meta tensor has no indices elsewhere
+                out = out.index_add(1, tap.filters.to(x.device), part)  # a meta tensor has no indices elsewhere
         if out is None:
             out = x.new_zeros(x.shape[0], self.out_channels, height, width)
         return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
@@ -145,7 +232,7 @@ class StripeConv2d(nn.Module):
         height, width = self.out_size(x)
         blocks = self._blocks
         out = x.new_empty(x.shape[0], self.out_channels, height, width)
-        reach = [max((shift[axis] for block in blocks for shift in block.shifts), default=0) for axis in (0, 1)]
+        reach = self._reach()
         rows, columns = height + reach[0], width + reach[1]
         most = max(self.out_channels, max((len(block.filters) for block in blocks), default=1))
         chunk = max(1, CHUNK // (most * rows * columns))
@@ -164,25 +251,31 @@ class StripeConv2d(nn.Module):
                 torch.add(maps, self.bias.view(-1, 1, 1), out=out[start : start + chunk])
         return out
 
-    def _workspace(self, images: Tensor, rows: int, columns: int, reach: list[int]) -> _Workspace:
+    def _workspace(self, images: Tensor, rows: int, columns: int, reach: tuple[int, int]) -> _Workspace:
         """Memory for some images, and where in it each filter finds its shifted products; made once per call."""
         count = len(images)
-        length = count * rows * columns - reach[0] * columns - reach[1]
-        terms: list[list[Tensor]] = [[] for _ in range(self.out_channels)]
+        whole = count * rows * columns
+        length = whole - reach[0] * columns - reach[1]
         inputs, products, weights = [], [], []
         for block in self._blocks:
             inputs.append(images.new_zeros(self.in_channels // self.groups, count, rows, columns))
-            product = images.new_empty(len(block.filters), count * rows * columns)
+            products.append(images.new_empty(len(block.filters), whole))
+            weights.append(self.weight.detach()[block.rows])
+        sums = images.new_zeros(self.out_channels, whole)
+        if whole < SHORT:
+            together = [
+                (sums[:, :length], tap.filters, product[tap.start : tap.start + len(tap.rows)].narrow(
+                    1, tap.shift[0] * columns + tap.shift[1], length))
+                for block, product in zip(self._blocks, products, strict=True)
+                for tap in block.taps
+            ]  # fmt: skip
+            return _Workspace(count, inputs, weights, products, sums, [], together)
+        terms: list[list[Tensor]] = [[] for _ in range(self.out_channels)]
+        for block, product in zip(self._blocks, products, strict=True):
             for part, place, shift in zip(product.unbind(0), block.filters, block.shifts, strict=True):
                 terms[place].append(part.narrow(0, shift[0] * columns + shift[1], length))
-            products.append(product)
-            weights.append(self.weight.detach()[block.rows])
-        sums = images.new_empty(self.out_channels, count * rows * columns)
-        for place, parts in enumerate(terms):
-            if not parts:
-                sums[place] = 0
-        targets = [row[:length] for row in sums.unbind(0)]
-        return _Workspace(count, inputs, weights, products, terms, targets, sums)
+        adding = [(row[:length], parts) for row, parts in zip(sums.unbind(0), terms, strict=True) if parts]
+        return _Workspace(count, inputs, weights, products, sums, adding, [])
 
     def _add(self, images: Tensor, space: _Workspace) -> None:
         """Fills `space.sums`; what lies behind the output of a row or image is meaningless there."""
@@ -195,13 +288,17 @@ class StripeConv2d(nn.Module):
             phase = phase[:, :, : moved.shape[2] - down, : moved.shape[3] - right].transpose(0, 1)
             moved[:, :, down : down + phase.shape[2], right : right + phase.shape[3]] = phase
             torch.mm(weight, moved.flatten(1), out=product)
-        for target, parts in zip(space.targets, space.terms, strict=True):
-            if len(parts) > 1:
-                torch.add(parts[0], parts[1], out=target)
-                for part in parts[2:]:
-                    target.add_(part)
-            elif parts:
+        for target, parts in space.adding:
+            if len(parts) == 1:
                 target.copy_(parts[0])
+                continue
+            torch.add(parts[0], parts[1], out=target)
+            for part in parts[2:]:
+                target.add_(part)
+        if space.together:
+            space.sums.zero_()
+            for sums, filters, products in space.together:
+                sums.index_add_(0, filters, products)
 
     def _pad(self, x: Tensor) -> Tensor:
         if not any(self.pads):
@@ -232,12 +329,13 @@ class StripeConv2d(nn.Module):
         def indices(numbers: list[int]) -> Tensor:
             return torch.tensor(numbers, device=self.stripes.device)
 
+        items = sorted(items, key=lambda item: item[2])  # stable: filters stay in order
         rows, filters, shifts = zip(*items, strict=True)
-        taps = tuple(
-            (shift, indices([r for r, _, s in items if s == shift]), indices([f for _, f, s in items if s == shift]))
-            for shift in dict.fromkeys(shifts)
-        )
-        return _Block(phase, group, indices(list(rows)), filters, shifts, taps)
+        taps = []
+        for shift in dict.fromkeys(shifts):
+            mine = [index for index, other in enumerate(shifts) if other == shift]
+            taps.append(_Tap(shift, indices([rows[i] for i in mine]), indices([filters[i] for i in mine]), mine[0]))
+        return _Block(phase, group, indices(list(rows)), filters, shifts, tuple(taps))
 
     def _apply(self, fn: Any, recurse: bool = True) -> StripeConv2d:
         super()._apply(fn, recurse)
@@ -267,103 +365,81 @@ def _pair(value: Any) -> tuple[int, int]:
 
 # ---------------------------------------------------------------------------------------------- networks
 
-
-def kept_stripes(conv: nn.Conv2d, mask: Tensor) -> Tensor | None:
-    """(out_channels, K, K) bool of a mask that treats all input channels alike; None for any other mask."""
-    full = mask.expand(conv.weight.shape)
-    keep = full.any(1)
-    return keep if torch.equal(keep, full.all(1)) else None
+Stripes = Mapping[str, Sequence[int]]
+"""Module name -> increasing numbers n * K * K + position of the stripes that a convolution has."""
 
 
-def to_stripes(model: nn.Module, masks: Masks) -> nn.Module:
-    """A copy of a masked network whose convolutions with stripe masks hold only their stripes.
+def fitting(model: nn.Module, masks: Masks) -> dict[str, tuple[int, ...]]:
+    """The stripes with anything left of every convolution that lost some, and that single stripes may replace.
 
-    Convolutions with other masks, or that keep all stripes, stay as they are.
+    Convolutions of other classes, with hooks, or with a weight that other modules have too, are left out.
 
     Args:
-        model: the network; left as it was.
+        model: a network.
         masks: parameter name -> bool tensor, True = keep, broadcastable.
     """
-    small = copy.deepcopy(model)
+    owners = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
+    found: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
-        if type(module) is nn.Conv2d and f"{name}.weight" in masks:
-            keep = kept_stripes(module, masks[f"{name}.weight"].to(module.weight.device))
-            if keep is not None and not keep.all():
-                _place(small, name, StripeConv2d(module, keep).train(module.training))
-    return small
+        mask = masks.get(f"{name}.weight")
+        if type(module) is not nn.Conv2d or mask is None or not name:
+            continue
+        if owners[id(module.weight)] > 1 or _hooked(module):
+            continue
+        alive = mask.expand(module.weight.shape).any(1)
+        if not alive.all():
+            found[name] = tuple(torch.nonzero(alive.flatten()).flatten().tolist())
+    return found
 
 
-def load_stripes(dense: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """The network of a state dict that `to_stripes` made, from a dense network of the same architecture.
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def place(model: nn.Module, stripes: Stripes) -> None:
+    """Replaces convolutions by their stripes, in place, under all names that a convolution has.
 
     Raises:
-        SurgeryError: the state does not fit the network.
+        SurgeryError: no such convolution, or numbers that it does not have.
     """
-    small = copy.deepcopy(dense)
-    for key, stripes in state.items():
-        name, _, last = key.rpartition(".")
-        if last != "stripes":
-            continue
-        try:
-            module = small.get_submodule(name)
-        except AttributeError:
-            module = None
-        if type(module) is not nn.Conv2d:
-            raise SurgeryError(f"the network has no convolution {name!r} that could hold stripes")
-        total = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
-        plain = stripes.dim() == 1 and stripes.dtype == torch.int64
-        if not plain or not bool(((stripes >= 0) & (stripes < total)).all()) or bool((stripes.diff() <= 0).any()):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, numbers in stripes.items():
+        conv = modules.get(name)
+        if type(conv) is not nn.Conv2d or not name:
+            raise SurgeryError(
+                f"the network has no convolution {name!r} that could hold stripes{nearest(name, modules)}"
+            )
+        total = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
+        ordered = all(a < b for a, b in pairwise(numbers))
+        if not ordered or (numbers and not 0 <= numbers[0] <= numbers[-1] < total):
             raise SurgeryError(f"stripes of {name!r} are not increasing numbers below {total}")
         keep = torch.zeros(total, dtype=torch.bool)
-        keep[stripes.cpu()] = True
-        _place(small, name, StripeConv2d(module, keep.view(module.out_channels, *module.kernel_size)))
-    try:
-        small.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise SurgeryError(f"the state does not fit the network: {' '.join(str(error).split())[:300]}") from error
-    return small
+        keep[torch.tensor(numbers, dtype=torch.long)] = True
+        small = StripeConv2d(conv, keep.view(conv.out_channels, *conv.kernel_size)).train(conv.training)
+        _exchange(model, {conv: small})
 
 
-def _place(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def expanded(model: nn.Module, masks: Masks) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network with plain convolutions in place of stripes, and the masks under which it is the same function.
 
-
-def dead_filters(plan: Plan, masks: Masks) -> np.ndarray:
-    """Units none of whose producers has anything left; the `keep` array for `surgery.shrink`.
-
-    At least one unit of every family stays.
+    Args:
+        model: left as it was.
+        masks: parameter name -> bool tensor, True = keep, of `model`.
     """
-    keep = plan.everything()
-    for family in plan.families:
-        alive = np.zeros(plan.size, dtype=bool)
-        for name, axis in family.producers:
-            ids = plan.axes[name][axis]
-            if name not in masks:
-                alive[ids] = True
-                continue
-            mask = masks[name].movedim(axis, 0).flatten(1).any(1).cpu().numpy()
-            alive[ids[np.broadcast_to(mask, ids.shape)]] = True
-        dead = family.units[~alive[family.units]]
-        keep[dead[1:] if len(dead) == len(family.units) else dead] = False
-    return keep
+    found = {name: module for name, module in model.named_modules() if isinstance(module, StripeConv2d)}
+    whole = dict(masks)
+    for name, layer in found.items():
+        inside = masks.get(f"{name}.weight")
+        whole[f"{name}.weight"] = layer.spread(inside)
+    twin = copy.deepcopy(model)
+    _exchange(twin, {module: module.dense() for module in twin.modules() if isinstance(module, StripeConv2d)})
+    return twin, whole
 
 
-def without_dead_filters(model: nn.Module, masks: Masks, example: Example) -> tuple[surgery.Shrunk, dict[str, Tensor]]:
-    """Removes filters that stripe pruning left empty, with their norms and the consumers' channels.
-
-    A filter without stripes still gives its bias, and its norm a constant; both are dropped, as the paper's training
-    zeroes them (section 3.2). Where they are zero the function stays the same.
-
-    Returns:
-        The smaller network with its lineage, and the masks cut to it.
-    """
-    plan = analyse(model, example)
-    shrunk = surgery.shrink(model, plan, dead_filters(plan, masks))
-    cut: dict[str, Tensor] = {}
-    for name, mask in masks.items():
-        for axis, indices in shrunk.lineage.kept.get(name, {}).items():
-            if mask.shape[axis] > 1:
-                mask = mask.index_select(axis, torch.tensor(indices, device=mask.device))
-        cut[name] = mask
-    return shrunk, cut
+def _exchange(model: nn.Module, twins: Mapping[Any, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module in twins:
+                setattr(parent, child, twins[module])

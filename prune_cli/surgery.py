@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_cli import channels, trace, widths
+from prune_cli import channels, stripe_conv, trace, widths
 from prune_cli.channels import Plan
 from prune_cli.checker import Checker
 from prune_cli.errors import SurgeryError, nearest
@@ -39,15 +39,27 @@ class Lineage:
         attributes: Module name -> attribute -> value.
         scales: Parameter name -> factor per kept row (axis 0): a change of attention scale folded into the
         query.
+        stripes: Name of a convolution -> the stripes it is left with, in the numbers of its kept filters
+        (stripe_conv.StripeConv2d).
     """
 
     kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scales: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    stripes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def after(self, first: Lineage) -> Lineage:
         """The lineage of two rounds: ``first`` led from the dense network to the one that ``self`` starts
-        from."""
+        from.
+
+        Raises:
+            SurgeryError: ``self`` changes a convolution that has stripes; only a plain one can be sliced.
+        """
+        sliced = {name.rpartition(".")[0] for name in self.kept} | set(self.stripes)
+        if both := sorted(sliced & set(first.stripes)):
+            raise SurgeryError(
+                f"{both[0]} consists of stripes already; expand the network first (stripe_conv.expanded)"
+            )
         kept: dict[str, dict[int, tuple[int, ...]]] = {n: dict(axes) for n, axes in first.kept.items()}
         for name, axes in self.kept.items():
             mine = kept.setdefault(name, {})
@@ -64,7 +76,11 @@ class Lineage:
         attributes = {name: dict(values) for name, values in first.attributes.items()}
         for name, values in self.attributes.items():
             attributes.setdefault(name, {}).update(values)
-        return Lineage(kept, attributes, scales)
+        return Lineage(kept, attributes, scales, {**first.stripes, **self.stripes})
+
+    def without_stripes(self) -> Lineage:
+        """The lineage of the same network with plain convolutions (stripe_conv.expanded)."""
+        return replace(self, stripes={})
 
     def to_dict(self) -> dict[str, Any]:
         """Strings, numbers, lists and dicts only."""
@@ -72,6 +88,7 @@ class Lineage:
             "kept": {n: {str(a): list(map(int, i)) for a, i in axes.items()} for n, axes in self.kept.items()},
             "attributes": {n: dict(values) for n, values in self.attributes.items()},
             "scales": {n: list(values) for n, values in self.scales.items()},
+            "stripes": {n: list(map(int, numbers)) for n, numbers in self.stripes.items()},
         }
 
     @staticmethod
@@ -86,9 +103,10 @@ class Lineage:
                 {str(n): {int(a): tuple(map(int, i)) for a, i in axes.items()} for n, axes in data["kept"].items()},
                 {str(n): dict(values) for n, values in data["attributes"].items()},
                 {str(n): tuple(map(float, values)) for n, values in data["scales"].items()},
+                {str(n): tuple(map(int, numbers)) for n, numbers in data.get("stripes", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SurgeryError(f"not a lineage ({error!r}); it holds kept, attributes and scales") from error
+            raise SurgeryError(f"not a lineage ({error!r}); it holds kept, attributes, scales, stripes") from error
 
 
 @dataclass(frozen=True)
@@ -472,6 +490,7 @@ def rebuild(dense: nn.Module, lineage: Lineage) -> nn.Module:
         if name not in named or len(factors) != named_tensors(small)[name].shape[0]:
             raise SurgeryError(f"scales of {name!r} do not fit the network")
     _rescale(small, lineage.scales)
+    stripe_conv.place(small, lineage.stripes)
     return small
 
 

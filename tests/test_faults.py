@@ -84,6 +84,43 @@ def test_kill_nine_then_the_same_command_ends_with_the_same_bytes(spawn, undistu
     assert sums(folder_of(out)) == undisturbed
 
 
+# Stages whose masks are learned on the way, each followed by training through what came out: stripes, N:M.
+LEARNED = {
+    "skeleton": (
+        "run", "recipe=quickstart", "granularity=stripe", "stages=[skeleton,finetune]", "skeleton.epochs=12",
+        "skeleton.alpha=0.01", "skeleton.threshold=0.5", "skeleton.optimizer.lr=0.05",
+        "skeleton.fit.checkpoint_seconds=0",
+    ),
+    "sr_ste": (
+        "run", "recipe=quickstart", "granularity=n_m", "granularity.ratio=0.5", "stages=[sr_ste,finetune]",
+        "sr_ste.epochs=12", "sr_ste.fit.checkpoint_seconds=0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", LEARNED)
+def test_kill_nine_while_masks_are_learned_and_while_what_is_left_trains_on(spawn, tmp_path_factory, stage):
+    command = (
+        *LEARNED[stage], "finetune.epochs=8", "finetune.fit.checkpoint_seconds=0", "deterministic=true", "device=cpu",
+        "latency=false", "threads=1",
+    )  # fmt: skip
+    place = tmp_path_factory.mktemp("undisturbed")
+    done = subprocess.run(
+        [sys.executable, "-m", "prune_cli", *command],
+        cwd=place, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for killed in (stage, "finetune"):
+        process = spawn(*command)
+        wait_for(process, f"{killed}: starting")
+        time.sleep(1.0)
+        process.kill()
+        process.wait()
+    out, err = spawn(*command).communicate(timeout=300)
+    assert "going on from epoch" in err, err
+    assert sums(folder_of(out)) == sums(place / folder_of(done.stdout))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_write_a_resumable_checkpoint_and_exit_with_75(spawn, undisturbed, workplace, number):
     slow = [text.replace("checkpoint_seconds=0", "checkpoint_seconds=999") for text in LONG]

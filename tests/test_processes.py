@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from prune_cli import processes
+from prune_cli import processes, skeleton, sr_ste
 from prune_cli.criteria.statistics import collect
 from prune_cli.data.fake import fake
 from prune_cli.fit import fit
@@ -222,3 +222,85 @@ def test_alone_nothing_is_wrapped():
         assert world == World()
         assert world.share({"a": 1}) == {"a": 1}
         assert world.any(True)
+
+
+SKELETON = (
+    "run", "recipe=quickstart", "granularity=stripe", "stages=[skeleton,finetune]", "skeleton.epochs=3",
+    "skeleton.alpha=0.03", "skeleton.threshold=0.5", "skeleton.optimizer.lr=0.05", "finetune.epochs=1",
+)  # fmt: skip
+SR_STE = (
+    "run", "recipe=quickstart", "granularity=n_m", "granularity.ratio=0.5", "stages=[sr_ste,finetune]", "sr_ste.epochs=3",
+    "finetune.epochs=1",
+)  # fmt: skip
+
+
+def learned(world: World, method: str) -> dict[str, list]:
+    """Losses and masks of a training whose masks are learned on the way, in float64, batches not divisible by two."""
+    data = fake(shape=(3, 8, 8), num_classes=4, train=50, test=10, val=0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4)).double()
+    names, constants = ["0.weight", "2.weight"], {"0.weight": ["0.bias"], "2.weight": ["2.bias"]}
+    patterns = {"2.weight": (4, 2), "4.weight": (4, 1)}
+    regularise = None
+    if method == "skeleton":
+        skeleton.attach(model, names)
+        for module in (model[0], model[2]):  # some near to death
+            module.parametrizations.weight[0].strength.data.uniform_(
+                0.4, 1.2, generator=torch.Generator().manual_seed(2)
+            )
+        regularise = skeleton.Shrinkage(model, names, 0.03, 0.5, constants, {"0.weight": 3})
+    else:
+        sr_ste.attach(model, patterns, 1e-3)
+    progress = fit(
+        model, data.train(15, 3, shard=world.shard), loss, optimizer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        lr_schedule=cosine, epochs=4, regularise=regularise, world=world,
+    )  # fmt: skip
+    if method == "skeleton":
+        masks = skeleton.detach(model, names, 0.5, constants, {"0.weight": 3})
+    else:
+        masks = sr_ste.detach(model, patterns)
+    return {
+        "loss": [row["loss"] for row in progress.history],
+        "masks": {name: mask.int().flatten().tolist() for name, mask in masks.items()},
+        "weights": model[2].weight.flatten().tolist()[:50],
+    }
+
+
+@pytest.mark.parametrize("method", ["skeleton", "sr_ste"])
+def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import json, torch\nfrom tests.test_processes import learned\nfrom prune_cli.processes import joined\n"
+        "with joined(torch.device('cpu')) as world:\n"
+        f"    found = learned(world, {method!r})\n"
+        "    every = [world.share(None)] if not world.main else [world.share(found)]\n"
+        "    assert world.main or every[0]['masks'] == found['masks'], 'masks differ between ranks'\n"
+        "    if world.main:\n        print(json.dumps(found))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+         "--rdzv-endpoint=localhost:0", str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two, one = json.loads(done.stdout.strip().splitlines()[-1]), learned(World(), method)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-8, abs=1e-13)
+    assert two["masks"] == one["masks"]
+    kept = [value for mask in one["masks"].values() for value in mask]
+    assert 0 < sum(kept) < len(kept)
+
+
+@pytest.mark.parametrize("arguments", [SKELETON, SR_STE], ids=["skeleton", "sr_ste"])
+def test_learned_masks_in_two_processes_are_found_by_one(tmp_path, arguments):
+    arguments = (*arguments, "device=cpu", "latency=false", "threads=1")
+    process = torchrun(tmp_path, *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    folder = tmp_path / out.strip().splitlines()[-1]
+    assert "finetune" in (folder / "results.csv").read_text()
+    alone = subprocess.run(
+        [sys.executable, "-m", "prune_cli", *arguments],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert alone.stderr.count("taken from the store") == 3, alone.stderr

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import pandas
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from prune_cli.skeleton import Shrinkage, attach, detach
-from prune_cli.stripe_conv import to_stripes
+from prune_cli.stripe_conv import fitting, place
 
 
 def network() -> nn.Module:
@@ -21,7 +22,7 @@ def network() -> nn.Module:
 
 
 NAMES = ["0.weight", "3.weight"]
-NORMS = {"0.weight": ("1.weight", "1.bias")}
+NORMS = {"0.weight": ("0.bias", "1.weight", "1.bias"), "3.weight": ("3.bias",)}
 
 
 def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,8 +87,11 @@ def test_stripes_die_for_good_and_take_the_norms_of_dead_filters_along():
     assert torch.equal(masks["0.weight"].flatten(1).any(1), masks["1.weight"])
     assert model[1].weight[2] == 0 and model[1].bias[2] == 0
     assert (model[0].weight[2] == 0).all() and type(model[0]) is nn.Conv2d
+    assert model[0].bias[2] == 0 and model[0].bias[0] != 0
+    small = copy.deepcopy(model)
+    place(small, fitting(model, masks))
     with torch.no_grad():
-        assert torch.allclose(to_stripes(model, masks)(x), model(x))
+        assert torch.allclose(small(x), model(x))
 
 
 def test_a_strong_penalty_removes_stripes_in_a_run(prune):
@@ -97,9 +101,12 @@ def test_a_strong_penalty_removes_stripes_in_a_run(prune):
         "skeleton.threshold=0.5",
     )  # fmt: skip
     assert result.code == 0, result.err
-    row = result.rows.loc["skeleton"]
+    before, row = result.rows.loc["initial"], result.rows.loc["skeleton"]
     assert 0 < row.ratio_prunable < 1
-    assert row.params_nonzero < row.params
+    assert row.params == row.params_nonzero < before.params
+    assert row.macs == row.macs_nonzero < before.macs
+    assert row.compression == pytest.approx(before.params / row.params)
+    assert pandas.isna(row.acc1_dense), "nobody trained the dense network"
 
 
 @pytest.mark.parametrize(

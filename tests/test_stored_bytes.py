@@ -53,7 +53,7 @@ def filters(mask: torch.Tensor) -> int:
 KINDS = {
     "element": (("granularity.ratio=0.8",), single, "element"),
     "n_m": (("granularity.ratio=0.5",), n_m, "n_m"),
-    "stripe": (("granularity.ratio=0.7",), stripe, "stripe"),
+    "stripe": (("granularity.ratio=0.4", "granularity.shrink=false"), stripe, "stripe"),
     "kernel": (("granularity.ratio=0.6",), kernel, "kernel"),
     "pattern": (("granularity.ratio=0.7",), pattern, "pattern"),
     "filter": (("granularity.ratio=0.5", "granularity.shrink=false"), filters, "filters"),

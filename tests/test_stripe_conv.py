@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from prune_cli import masks as masking
-from prune_cli import measure
-from prune_cli.channels import analyse
-from prune_cli.criteria import weights
-from prune_cli.criteria.criterion import Criterion
+from prune_cli import measure, stripe_conv
 from prune_cli.errors import SurgeryError
-from prune_cli.granularities.granularity import Granularity, select
-from prune_cli.granularities.stripe import Stripe
-from prune_cli.models.resnet_cifar import resnet_cifar
-from prune_cli.stripe_conv import StripeConv2d, dead_filters, load_stripes, to_stripes, without_dead_filters
-from prune_cli.surgery import structured_masks
+from prune_cli.stripe_conv import StripeConv2d
 
-
-def resnet20() -> nn.Module:
-    return resnet_cifar(num_classes=10, in_shape=(3, 32, 32), depth=20)
+FORMS = ("_fused", "_by_position", "_spread_out", "forward")
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -43,7 +37,7 @@ def pair(conv: nn.Conv2d, part: float, seed: int = 0) -> tuple[StripeConv2d, nn.
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("form", ["_fused", "_by_position"])
+@pytest.mark.parametrize("form", FORMS)
 def test_equals_the_masked_convolution_for_every_geometry(form, dtype, tolerance):
     geometries = itertools.product((1, 2, (1, 3)), (0, 1, (2, 1)), (1, 2), (3, (2, 5)), (1, 2), (True, False))
     for stride, padding, dilation, kernel, groups, bias in geometries:
@@ -57,7 +51,7 @@ def test_equals_the_masked_convolution_for_every_geometry(form, dtype, tolerance
         assert float((got - expected).abs().max()) <= tolerance, (stride, padding, dilation, kernel, groups, bias)
 
 
-@pytest.mark.parametrize("form", ["_fused", "_by_position"])
+@pytest.mark.parametrize("form", FORMS)
 def test_same_padding_other_modes_and_many_chunks(form, monkeypatch):
     monkeypatch.setattr("prune_cli.stripe_conv.CHUNK", 1)
     for arguments in (
@@ -71,8 +65,44 @@ def test_same_padding_other_modes_and_many_chunks(form, monkeypatch):
             assert torch.allclose(getattr(small, form)(x), masked(x), atol=1e-5)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.data(),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    groups=st.integers(1, 3),
+    part=st.sampled_from([0.05, 0.3, 0.8]),
+    mode=st.sampled_from(["zeros", "zeros", "replicate"]),
+    seed=st.integers(0, 99),
+)
+def test_every_form_equals_the_masked_convolution(
+    data, kernel, stride, padding, dilation, groups, part, mode, seed, monkeypatch_module
+):
+    monkeypatch_module.setattr(stripe_conv, "SHORT", data.draw(st.sampled_from([0, 10**9])))
+    monkeypatch_module.setattr(stripe_conv, "CHUNK", data.draw(st.sampled_from([1, 500, 10**6])))
+    span = [step * (size - 1) + 1 for size, step in zip(kernel, dilation, strict=True)]
+    size = [max(1, least - 2 * pad) + data.draw(st.integers(0, 7)) for least, pad in zip(span, padding, strict=True)]
+    conv = nn.Conv2d(2 * groups, 3 * groups, kernel, stride, padding, dilation, groups, padding_mode=mode)
+    small, masked = pair(conv.double(), part, seed)
+    x = draw(seed, 2, 2 * groups, *size).double()
+    with torch.no_grad():
+        for form in FORMS:
+            assert torch.allclose(getattr(small, form)(x), masked(x), atol=1e-12), form
+        again = small.dense()
+        assert torch.equal(again.weight, masked.weight)
+        assert torch.equal(again(x), masked(x))
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
 @pytest.mark.parametrize("part", [0.0, 1.0])
-@pytest.mark.parametrize("form", ["_fused", "_by_position"])
+@pytest.mark.parametrize("form", FORMS)
 def test_none_and_all_stripes(form, part):
     small, masked = pair(nn.Conv2d(3, 5, 3, padding=1), part)
     x = draw(3, 2, 3, 6, 6)
@@ -104,67 +134,115 @@ def test_dense_weight_is_the_masked_weight():
     assert torch.equal(small.dense_weight(), masked.weight)
 
 
-def network() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def test_the_form_follows_the_cost(monkeypatch):
+    called = []
+
+    def watched(form: str):
+        run = getattr(StripeConv2d, form)
+        return lambda self, x: called.append(form) or run(self, x)
+
+    for form in ("_fused", "_by_position", "_spread_out"):
+        monkeypatch.setattr(StripeConv2d, form, watched(form))
+    few, _ = pair(nn.Conv2d(64, 64, 3, padding=1), 0.05)
+    many, _ = pair(nn.Conv2d(64, 64, 3, padding=1), 0.95)
+    x = draw(9, 4, 64, 16, 16)
+    with torch.no_grad():
+        few(x)
+        many(x)
+    few(x)
+    assert called == ["_fused", "_spread_out", "_spread_out"]
+
+
+def two() -> tuple[nn.Module, masking.Masks]:
     torch.manual_seed(0)
-    model = resnet20().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-    masks = select(Granularity(Stripe(), 0.7), Criterion(weights.l1), model, torch.zeros(1, 3, 32, 32)).masks
-    for name, mask in masks.items():
-        model.get_parameter(name).data.mul_(mask)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 5)).eval()
+    generator = torch.Generator().manual_seed(1)
+    masks = {
+        "0.weight": torch.rand(6, 1, 3, 3, generator=generator) < 0.4,
+        "2.weight": torch.rand(4, 1, 3, 3, generator=generator) < 0.4,
+    }
+    masking.apply(model, masks)
     return model, masks
 
 
-def test_a_network_of_stripes_reloads_from_plain_tensors(tmp_path):
-    model, masks = network()
-    small = to_stripes(model, masks)
-    x = draw(5, 2, 3, 32, 32)
+def test_networks_of_stripes_equal_masked_ones_and_go_back():
+    model, masks = two()
+    small = copy.deepcopy(model)
+    stripe_conv.place(small, stripe_conv.fitting(model, masks))
+    x = draw(5, 2, 3, 8, 8)
     with torch.no_grad():
-        assert torch.allclose(small(x), model(x), atol=1e-4)
-    assert measure.params(small) < 0.35 * measure.params(model)
-    torch.save(small.state_dict(), tmp_path / "small.pt")
-    state = torch.load(tmp_path / "small.pt", weights_only=True)
-    again = load_stripes(resnet20(), state).eval()
+        assert type(small[0]) is type(small[2]) is StripeConv2d
+        assert torch.allclose(small(x), model(x), atol=1e-5)
+        whole, again = stripe_conv.expanded(small, {})
+        assert type(whole[0]) is nn.Conv2d
+        assert torch.equal(whole(x), model(x))
+    assert {name: mask.tolist() for name, mask in again.items()} == {
+        name: mask.tolist() for name, mask in masks.items()
+    }
+    twin = copy.deepcopy(model)
+    stripe_conv.place(twin, stripe_conv.fitting(model, masks))
+    twin.load_state_dict(small.state_dict())
     with torch.no_grad():
-        assert torch.equal(again(x), small(x))
+        assert torch.equal(twin(x), small(x))
 
 
-def test_states_that_do_not_fit_are_refused():
-    model, masks = network()
-    state = to_stripes(model, masks).state_dict()
-    key = next(key for key in state if key.endswith("stripes"))
-    for value in (state[key].flip(0), state[key] + 10**6, state[key][:-1], state[key].float()):
-        with pytest.raises(SurgeryError, match=r"stripes of|does not fit"):
-            load_stripes(resnet20(), {**state, key: value})
-    with pytest.raises(SurgeryError, match="no convolution 'nowhere'"):
-        load_stripes(resnet20(), {**state, "nowhere.stripes": state[key]})
+def test_masks_inside_stripes_survive_the_way_back():
+    model, masks = two()
+    fine = masks["2.weight"].expand(4, 6, 3, 3).clone()
+    fine[:, 2] = False
+    model[2].weight.data[:, 2] = 0
+    numbers = stripe_conv.fitting(model, {"2.weight": fine})
+    small = copy.deepcopy(model)
+    stripe_conv.place(small, numbers)
+    inside = small[2].rows(fine)
+    assert inside.shape == small[2].weight.shape
+    assert not inside[:, 2].any()
+    _, again = stripe_conv.expanded(small, {"2.weight": inside})
+    assert torch.equal(again["2.weight"], fine)
 
 
-def test_dead_filters_are_removed_with_their_norms():
-    model, masks = network()
-    inner = next(name for name in masks if "conv1" in name and name.count(".") > 1)
-    masks[inner] = masks[inner].clone()
-    masks[inner][[0, 3, 5]] = False
-    plan = analyse(model, torch.zeros(1, 3, 32, 32))
-    dead = structured_masks(model, plan, dead_filters(plan, masks))
-    assert (~dead[inner].flatten()).nonzero().flatten().tolist()[:3] == [0, 3, 5]
+class Shared(nn.Module):
+    """One convolution under two names, one whose weight is another's, one with a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 3, padding=1)
+        self.again = self.first
+        self.tied = nn.Conv2d(3, 3, 3, padding=1)
+        self.other = nn.Conv2d(3, 3, 3, padding=1)
+        self.other.weight = self.tied.weight
+        self.hooked = nn.Conv2d(3, 3, 3, padding=1)
+        self.hooked.register_forward_hook(lambda module, inputs, output: output + 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.hooked(self.other(self.tied(self.again(self.first(x)))))
+
+
+def test_shared_tied_and_hooked_convolutions():
+    model = Shared()
+    keep = torch.rand(3, 1, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    masks = {f"{name}.weight": keep for name in ("first", "tied", "hooked")}
     masking.apply(model, masks)
-    masking.apply(model, {name: mask for name, mask in dead.items() if ".bn" in name})  # biases of norms after them
-    before = model.get_parameter(inner).shape[0]
-    x = draw(6, 2, 3, 32, 32)
-    shrunk, cut = without_dead_filters(model, masks, torch.zeros(1, 3, 32, 32))
-    assert shrunk.model.get_parameter(inner).shape[0] == before - int((~dead[inner]).sum())
+    numbers = stripe_conv.fitting(model, masks)
+    assert set(numbers) == {"first"}
+    small = copy.deepcopy(model)
+    stripe_conv.place(small, numbers)
+    assert small.first is small.again
+    x = draw(3, 2, 3, 6, 6)
     with torch.no_grad():
-        assert torch.allclose(shrunk.model(x), model(x), atol=1e-4)
-        assert torch.allclose(to_stripes(shrunk.model, cut)(x), model(x), atol=1e-4)
-    for name, mask in cut.items():
-        mask.expand(shrunk.model.get_parameter(name).shape)
+        assert torch.allclose(small(x), model(x), atol=1e-5)
 
 
-def test_a_family_never_dies_whole():
-    model, masks = network()
-    plan = analyse(model, torch.zeros(1, 3, 32, 32))
-    keep = dead_filters(plan, {name: torch.zeros_like(mask) for name, mask in masks.items()})
-    assert all(keep[family.units].sum() >= 1 for family in plan.families)
+@pytest.mark.parametrize(
+    ("stripes", "message"),
+    [
+        ({"nowhere": (1,)}, "no convolution 'nowhere'"),
+        ({"4": (1,)}, "no convolution '4'"),
+        ({"0": (3, 2)}, "not increasing"),
+        ({"0": (3, 54)}, "below 54"),
+        ({"0": (-1, 3)}, "below 54"),
+    ],
+)
+def test_stripes_that_do_not_fit_are_refused(stripes, message):
+    with pytest.raises(SurgeryError, match=message):
+        stripe_conv.place(two()[0], stripes)

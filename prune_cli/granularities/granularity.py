@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -107,6 +107,14 @@ class Intersection(Protocol):
         """Units that choose masks in all sets, and the sets; what depends on weights is that of the network as it is."""
 
 
+@runtime_checkable
+class Silences(Protocol):
+    """Units whose masks leave constants behind that must go too, for the masked network to equal the shrunk one."""
+
+    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
+        """The masks with those of the parameters that only serve what is masked."""
+
+
 @dataclass(frozen=True)
 class Granularity:
     """A granularity option: the units and how many of them go.
@@ -172,6 +180,10 @@ class Granularity:
         units, sets = self.units.constraints(model, self.ratios(model))
         return replace(self, units=units), sets
 
+    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
+        """The masks with those of the parameters that only serve what is masked, where these units leave any."""
+        return self.units.complete(model, example_inputs, masks) if isinstance(self.units, Silences) else dict(masks)
+
     def check(self, model: nn.Module, criterion: Criterion, example_inputs: Tensor | None = None) -> None:
         """Refuses what makes no sense for this network and criterion.
 
@@ -204,8 +216,8 @@ class Granularity:
                 rule.ratio is not None for rule in self.rules))  # fmt: skip
         if self.shrink and not isinstance(self.units, Shrinks):
             raise ConfigError(
-                "granularity.shrink=true, but units of this granularity can only be masked; choose granularity=filter "
-                "or shrink=false"
+                "granularity.shrink=true, but units of this granularity can only be masked; choose granularity=filter, "
+                "stripe or shrink=false"
             )
         self.units.check(model, asked, criterion)
         if example_inputs is None or not (self.budget or isinstance(self.units, Coupled)):

@@ -68,6 +68,11 @@ def dense(shape: Sequence[int], bits: int = 32) -> Storage:
     return Storage(_bytes(math.prod(shape) * bits))
 
 
+def positions(count: int) -> Storage:
+    """One bit for each of `count` positions or units, of which some are stored elsewhere."""
+    return Storage(0, bitmaps=_bytes(count))
+
+
 def fillers(mask: Tensor, gap_bits: int) -> int:
     """Zeros that gap coding must store because a run of zeros is too long for one code of `gap_bits` bits.
 

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, ClassVar, Literal
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from prune_cli import masks as masking
+from prune_cli import stripe_conv, surgery
+from prune_cli.channels import analyse
 from prune_cli.criteria.criterion import Criterion
+from prune_cli.errors import SurgeryError
 from prune_cli.granularities.allot import Group
+from prune_cli.granularities.filter import kept_units
 from prune_cli.granularities.granularity import Context
 from prune_cli.granularities.spatial import check_scores, fitting, many_positions
 from prune_cli.granularities.storage import Form
 from prune_cli.granularities.targets import layers
+from prune_cli.masks import Masks
+from prune_cli.measure import evaluating, latency
+from prune_cli.plan import Plan
+from prune_cli.trace import call_model
+
+log = logging.getLogger(__name__)
+
+BATCHES = (1, 64)  # those of the results table
+ROUNDS = 5
 
 NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 stripe is a whole filter)"
 
@@ -24,9 +43,15 @@ class Stripe:
 
     A stripe's score is the sum over its input channels: with criterion=l1 its L1 norm, with l2 its squared L2 norm.
     Linear and 1x1 layers stay dense, or are refused where they were chosen by name.
+
+    Attributes:
+        convert: which convolutions become `StripeConv2d` when the network is shrunk: all, or those that are faster
+            so at batch 1 and 64, measured on the network's device; the others stay dense under their masks.
     """
 
     budgets: ClassVar[tuple[str, ...]] = ("macs", "params")
+
+    convert: Literal["all", "faster"] = "all"
 
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
         """Stripes need scores per element and kernels larger than 1x1."""
@@ -42,6 +67,38 @@ class Stripe:
         """The kept stripes' values and one bit per stripe."""
         return {f"{name}.weight": Form("stripe") for name, module in layers(model).items() if many_positions(module)}
 
+    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
+        """The masks with those of filters without stripes: bias, norm parameters and the consumers' channels.
+
+        Such a filter still gives a constant, which its norm's shift makes another one. Removing it with its norm is
+        what the network's training under these masks must see, so that masked and shrunk network are the same.
+        """
+        if not _has_dead_filters(masks):
+            return dict(masks)
+        try:
+            plan = analyse(model, example_inputs)
+        except SurgeryError as error:
+            log.warning("filters without stripes keep their norms, as the network cannot be analysed: %s", error)
+            return dict(masks)
+        return masking.joined(masks, surgery.structured_masks(model, plan, _living(plan, masks)))
+
+    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
+        """The network without filters of which the masks leave nothing, its convolutions of the stripes they leave.
+
+        Convolutions that stripes cannot replace (`stripe_conv.fitting`) keep their masks.
+        """
+        plan = analyse(model, example_inputs)
+        shrunk = surgery.shrink(model, plan, kept_units(model, plan, masks))
+        cut = {name: masking.sliced(mask, shrunk.lineage.kept.get(name, {})) for name, mask in masks.items()}
+        inputs = _inputs(shrunk.model, example_inputs)
+        stripes = {name: numbers for name, numbers in stripe_conv.fitting(shrunk.model, cut).items() if name in inputs}
+        if self.convert == "faster":
+            stripes = {
+                name: numbers for name, numbers in stripes.items() if _faster(shrunk.model, name, numbers, inputs[name])
+            }
+        stripe_conv.place(shrunk.model, stripes)
+        return replace(shrunk, lineage=replace(shrunk.lineage, stripes=stripes))
+
 
 def _group(context: Context, name: str, ratio: float) -> Group:
     scores = context.scores[name]
@@ -54,3 +111,65 @@ def _group(context: Context, name: str, ratio: float) -> Group:
         return {name: keep.view(pooled.shape).unsqueeze(1)}
 
     return Group(name, pooled.flatten(), ratio, mask)
+
+
+# ------------------------------------------------------------------------------------------------------- shrinking
+
+
+def _has_dead_filters(masks: Masks) -> bool:
+    return any(mask.dim() > 1 and not bool(mask.flatten(1).any(1).all()) for mask in masks.values())
+
+
+def _living(plan: Plan, masks: Masks) -> np.ndarray:
+    """Units any of whose producers has something left, as a `keep` array; at least one unit of every family stays."""
+    keep: np.ndarray = plan.everything()
+    for family in plan.families:
+        alive = np.zeros(plan.size, dtype=bool)
+        for name, axis in family.producers:
+            ids = plan.axes[name][axis]
+            if name not in masks:
+                alive[ids] = True
+                continue
+            rows = masks[name].movedim(axis, 0).flatten(1).any(1).cpu().numpy()
+            alive[ids[np.broadcast_to(rows, ids.shape)]] = True
+        dead = family.units[~alive[family.units]]
+        keep[dead[1:] if len(dead) == len(family.units) else dead] = False
+    return keep
+
+
+def _inputs(model: nn.Module, example_inputs: Any) -> dict[str, torch.Size]:
+    """Shapes of the inputs of the convolutions that the network calls as modules."""
+    shapes: dict[str, torch.Size] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Conv2d:
+
+            def note(_: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
+                if len(arguments) == 1 and arguments[0].dim() == 4:
+                    shapes[name] = arguments[0].shape
+
+            handles.append(module.register_forward_pre_hook(note))
+    try:
+        with evaluating(model), torch.no_grad():
+            call_model(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _faster(model: nn.Module, name: str, numbers: Sequence[int], shape: torch.Size) -> bool:
+    """Whether stripes beat the dense convolution at every batch size of the table; timed in turns, medians."""
+    dense = nn.Sequential(model.get_submodule(name)).eval()
+    small = copy.deepcopy(dense)
+    stripe_conv.place(small, {"0": numbers})
+    device = next(dense.parameters()).device
+    verdicts = []
+    for count in BATCHES:
+        images = torch.rand(count, *shape[1:])
+        turns = [[latency(layer, images, device, repeats=2, warmup=1).median_ms for layer in (dense, small)]
+                 for _ in range(ROUNDS)]  # fmt: skip
+        before, after = (median(column) for column in zip(*turns, strict=True))
+        verdicts.append(after < before)
+        log.info("%s, batch %d: dense %.3g ms, stripes %.3g ms", name, count, before, after)
+    return all(verdicts)

@@ -32,7 +32,6 @@ Schedule = Callable[[Memo | None], tuple[Memo, Request]]
 
 FIT, MASKS, Z, U = "fit/", "masks/", "z/", "u/"
 RESIDUALS = "admm.csv"
-CHECKED = 4  # images on which the shrunk network must agree with the masked one
 
 
 @dataclass
@@ -120,11 +119,15 @@ def prune(
         elif isinstance(request, Split):
             _split(state, course, request, criterion, granularity, constraints, calibration)
         elif isinstance(request, Train):
+            if request.enforce and course.masks:
+                course.masks = _completed(state, granularity, course.masks)
             loss = loss or learning.objective(state, distillation, label_smoothing)
             moving = list(granularity.ratios(state.model)) if "movement" in criterion.needs else []
             _train(state, course, request, loss, moving, batch_size, optimizer, lr_schedule, fit)
         course.memo = memo
         course.keep(state)
+    if course.masks:
+        course.masks = _completed(state, granularity, course.masks)
     facts = course.facts
     outcome = Outcome(
         epochs=course.progress.epoch if course.progress else 0,
@@ -135,28 +138,16 @@ def prune(
         history=tuple(course.progress.history) if course.progress else (),
         files={RESIDUALS: artifacts.table(admm.Residual, course.residuals)} if course.residuals else {},
     )
-    after = state.evolve(masks=course.masks or state.masks, forms={**state.forms, **course.forms}, outcome=outcome)
-    if granularity.shrink:
-        after = after.evolve(forms=state.forms)  # what this stage removes is not masked any more
-    return _shrunk(after, granularity) if granularity.shrink else after
+    # What an earlier stage masked keeps its form, although these masks are joined with it.
+    after = state.evolve(masks=course.masks or state.masks, forms={**course.forms, **state.forms}, outcome=outcome)
+    return shrinking.shrink_state(after, granularity.units) if granularity.shrink else after
 
 
-def _shrunk(state: State, granularity: Granularity) -> State:
-    """The state with the masked units taken out; masked and shrunk network must agree on calibration images."""
-    assert isinstance(granularity.units, shrinking.Shrinks), "checked before anything was trained"
-    masking.apply(state.model, state.masks)
-    images = [image[None] for batch, _ in state.data.calibration(CHECKED, CHECKED) for image in batch]
-    small = shrinking.shrink(
-        granularity.units,
-        state.model,
-        state.example_inputs(),
-        state.masks,
-        lineage=shrinking.composed(state.lineage),
-        check_on=images[:CHECKED],
-    )
-    before, after = (sum(p.numel() for p in model.parameters()) for model in (state.model, small.model))
-    log.info("%s: shrunk from %d to %d params", state.stage, before, after)
-    return state.evolve(model=small.model, masks=small.masks, lineage=small.lineage.to_dict())
+def _completed(state: State, granularity: Granularity, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks with what they leave useless, applied to the network."""
+    completed = granularity.complete(state.model, state.example_inputs(), masks)
+    masking.apply(state.model, completed)
+    return completed
 
 
 def check(

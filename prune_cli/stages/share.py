@@ -19,7 +19,10 @@ from prune_cli.granularities.targets import Which
 from prune_cli.pruned import Record
 from prune_cli.stages import learning
 from prune_cli.state import Outcome, State
+from prune_cli.stripe_conv import StripeConv2d
 from prune_cli.surgery import Lineage
+
+SHARED = (*targets.PRUNABLE, StripeConv2d)  # layers whose weights may share values
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +103,7 @@ def widths(model: nn.Module, conv: Bits, linear: Bits, rules: tuple[Rule, ...], 
     Raises:
         ConfigError: a rule that matches nothing.
     """
-    found = targets.layers(model)
+    found: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if isinstance(module, SHARED)}
     special = targets.last_matches(found, rules, f"{stage}.rules")
     chosen = {}
     for name, module in found.items():

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from prune_cli import masks as masking
+from prune_cli import shrinking
 from prune_cli import skeleton as method
 from prune_cli.criteria import sites
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.fit import LrSchedule, OptimizerFactory, Options
-from prune_cli.granularities.granularity import Granularity
-from prune_cli.granularities.spatial import fitting, many_positions
-from prune_cli.granularities.stripe import NEEDS, Stripe
+from prune_cli.granularities.allot import smallest
+from prune_cli.granularities.granularity import Context, Granularity
+from prune_cli.granularities.stripe import Stripe
 from prune_cli.stages import learning
 from prune_cli.state import Outcome, State
 
@@ -24,6 +31,7 @@ def skeleton(
     granularity: Granularity,
     alpha: float,
     threshold: float,
+    norm_scale: float | None = None,
     epochs: int,
     batch_size: int,
     optimizer: OptimizerFactory,
@@ -34,17 +42,27 @@ def skeleton(
 ) -> State:
     """Trains weights and stripes together; what dies on the way is the mask. No fine-tuning is needed afterwards.
 
+    Masks that hold already are not enforced while it trains, and hold again afterwards.
+
     Args:
-        granularity: stripe; its rules say which layers get a skeleton. The ratio does not count: alpha decides.
+        granularity: stripe; its rules say which layers get a skeleton, its `min_keep` and `max_ratio` how many stripes
+            of a layer stay however weak they are (at least one), `shrink` whether the network is made of what is left.
+            The ratio does not count: alpha decides.
         alpha: weight of the penalty on the stripes' strengths, 1e-5 on CIFAR, 5e-6 to 2e-5 on ImageNet.
         threshold: strength at which a stripe dies, 0.01 in the released commands.
+        norm_scale: what the scales of all batch norms begin with, 0.5 in the released code, for training from scratch;
+            None leaves them as they are.
         epochs: passes over the training split.
         batch_size: images per step.
         label_smoothing: share of the target spread over all classes, in [0, 1).
     """
-    names = _names(state, granularity)
-    found = sites.find(state.model.eval(), state.example_inputs())
-    norms = {name: pair for name in names if (pair := found.norm_of(name)) is not None}
+    least = _least(state, granularity)
+    names = list(least)
+    constants = _constants(state, names)
+    if norm_scale is not None:
+        for module in state.model.modules():
+            if isinstance(module, _BatchNorm) and module.weight is not None:
+                nn.init.constant_(module.weight, norm_scale)
     method.attach(state.model, names)
     progress = learning.learn(
         state,
@@ -54,10 +72,10 @@ def skeleton(
         optimizer=optimizer,
         lr_schedule=lr_schedule,
         options=fit,
-        regularise=method.Shrinkage(state.model, names, alpha, threshold, norms),
+        regularise=method.Shrinkage(state.model, names, alpha, threshold, constants, least),
         progress=learning.resumed(state, optimizer),
     )
-    masks = method.detach(state.model, names, threshold, norms)
+    masks = method.detach(state.model, names, threshold, constants, least)
     units = sum(masks[name].numel() for name in names)
     removed = units - sum(int(masks[name].sum()) for name in names)
     log.info("%s: removed %d of %d stripes", state.stage, removed, units)
@@ -67,14 +85,35 @@ def skeleton(
         ratio_prunable=removed / max(units, 1),
         history=tuple(progress.history),
     )
-    forms = {**state.forms, **granularity.forms(state.model, masks)}
-    return state.evolve(masks={**state.masks, **masks}, forms=forms, outcome=outcome)
+    forms = {**granularity.forms(state.model, masks), **state.forms}
+    masks = granularity.complete(state.model, state.example_inputs(), masking.joined(state.masks, masks))
+    after = state.evolve(masks=masks, forms=forms, outcome=outcome)
+    return shrinking.shrink_state(after, granularity.units) if granularity.shrink else after
 
 
-def _names(state: State, granularity: Granularity) -> list[str]:
+def _least(state: State, granularity: Granularity) -> dict[str, int]:
+    """The weights that get a skeleton, and how many of their stripes always stay."""
     if not isinstance(granularity.units, Stripe):
         raise ConfigError(f"{state.stage} learns stripes; choose granularity=stripe")
-    return list(fitting(state.model, granularity.ratios(state.model), many_positions, "stripe", NEEDS))
+    asked = granularity.ratios(state.model)
+    blank = {name: torch.zeros(()).expand(state.model.get_parameter(name).shape) for name in asked}
+    groups = granularity.units.groups(Context(state.model, state.example_inputs(), blank, asked, {}))
+    most = smallest(groups, granularity.limits)
+    return {group.name: group.scores.numel() - count for group, count in zip(groups, most, strict=True)}
+
+
+def _constants(state: State, names: Iterable[str]) -> dict[str, list[str]]:
+    """The layer's bias and the parameters of the norm behind it, by name of the weight."""
+    parameters = dict(state.model.named_parameters())
+    found = sites.find(state.model.eval(), state.example_inputs())
+    return {
+        name: [
+            parameter
+            for parameter in (name.removesuffix("weight") + "bias", *(found.norm_of(name) or ()))
+            if parameter in parameters
+        ]
+        for name in names
+    }
 
 
 def check(
@@ -83,6 +122,7 @@ def check(
     granularity: Granularity,
     alpha: float,
     threshold: float,
+    norm_scale: float | None = None,
     distillation: Distillation,
     fit: Options,
 ) -> None:
@@ -93,7 +133,9 @@ def check(
     """
     learning.check_options(state, fit)
     learning.check_teacher(state, distillation)
-    _names(state, granularity)
+    _least(state, granularity)
+    if norm_scale is not None and norm_scale <= 0:
+        raise ConfigError(f"{state.stage}.norm_scale={norm_scale:g} must be above 0, as 0.5, or null")
     if alpha < 0 or not 0 <= threshold < 1:
         raise ConfigError(
             f"{state.stage}: alpha={alpha:g} must not be negative and threshold={threshold:g} must be in [0, 1), "

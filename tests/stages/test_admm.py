@@ -32,7 +32,7 @@ def residuals(folder):
 @pytest.mark.parametrize("granularity", options("granularity"))
 def test_every_granularity_converges_to_masks_that_hold_exactly(prune, granularity):
     ratio = RATIOS.get(granularity, "0.5")
-    keys = ["granularity.shrink=false"] if granularity == "filter" else []
+    keys = ["granularity.shrink=false"] if granularity in ("filter", "stripe") else []
     result = prune(*NET, *SHORT, f"granularity={granularity}", f"granularity.ratio={ratio}", *keys)
     assert result.code == 0, result.err
     weights = read_state_dict(result.folder / "prune" / "weights.safetensors")
