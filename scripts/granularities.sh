@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One trained CIFAR ResNet-20, five granularities at a half, a quarter and an eighth of the weights, three seeds: one shot,
-# then 3 epochs. Beside them the same choices at random, and the dense network after the same epochs. Writes a table of
+# then 2 epochs. Beside them the same choices at random, and the dense network after the same epochs. Writes a table of
 # means and deviations over the seeds, granularities.csv, in the working directory.
 #   scripts/granularities.sh WEIGHTS FOLDER_OF_IMAGES [overrides]
 set -euo pipefail
@@ -12,13 +12,13 @@ sweep() { # NAME overrides: one granularity at one size, by magnitude and at ran
     local name=$1
     shift
     prune run -m recipe=resnet20_cifar10_irre model.weights="$weights" dataset=image_folder dataset.root="$images" \
-        granularity.scope=layer finetune.epochs=3 finetune.optimizer.lr=0.02 \
+        finetune.epochs=2 finetune.optimizer.lr=0.02 \
         lr_schedule@finetune.lr_schedule=cosine seed=0,1,2 hydra.sweep.dir="$sweeps/$name" "$@"
 }
 pruned=('stages=[prune,finetune]' criterion=l1,random)
 sweep dense_0 'stages=[finetune]' "$@"
 for ratio in 0.5 0.75 0.875; do
-    sweep element_$ratio "${pruned[@]}" granularity=element granularity.ratio=$ratio "$@"
+    sweep element_$ratio "${pruned[@]}" granularity=element granularity.scope=layer granularity.ratio=$ratio "$@"
     sweep stripe_$ratio "${pruned[@]}" granularity=stripe granularity.ratio=$ratio "$@"
     sweep pattern_$ratio "${pruned[@]}" granularity=pattern granularity.units.pattern_set=fixed5 granularity.ratio=$ratio "$@"
     sweep filter_$ratio "${pruned[@]}" granularity=filter "granularity.budget={params: $(python -c "print(1 - $ratio)")}" "$@"
