@@ -33,7 +33,13 @@ Moves = dict[str, dict[int, Tensor]]
 
 @dataclass(frozen=True)
 class Layer:
-    """Magnitude that N:M keeps of one weight: before, after, and if every row chose freely."""
+    """Magnitude that N:M keeps of one weight, the sum of |w|; a line of permutation.csv.
+
+    Attributes:
+        before: in the order that the network had.
+        after: in the new one.
+        bound: if every row could choose freely.
+    """
 
     name: str
     m: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import pandas
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from prune_cli import exporting, save_pruned, shrink
 from prune_cli.errors import CheckpointError, ConfigError
 from prune_cli.models.lenet import lenet5
+from prune_cli.semi_structured import two_of_four
 
 SHAPE = (1, 8, 8)
 
@@ -54,6 +56,25 @@ def test_a_pruned_run_as_onnx_and_as_a_program_with_its_speed_beside_the_dense_o
     assert dense.code == 0, dense.err
     assert (workplace / "dense.pt2").stat().st_size > (run.folder / "model.pt2").stat().st_size
     assert dense.out.count("\n") == 1
+
+
+def test_zeros_of_two_of_four_stay_in_the_onnx_file_for_engines_that_use_them(prune, onnx):
+    import onnx as format
+    from onnx import numpy_helper
+
+    run = prune(
+        "run", "recipe=quickstart", "granularity=n_m", "granularity.ratio=0.5", "stages=[train,permute,prune]",
+        "model=lenet5", "dataset=digits", "limit_batches=1", "train.epochs=1", "latency=false", "device=cpu",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    kept = pandas.read_csv(run.folder / "permute" / "permutation.csv")
+    assert (kept.after >= kept.before).all() and (kept.bound >= kept.after - 1e-4).all() and len(kept) >= 4
+    assert prune("export", str(run.folder)).code == 0
+    tensors = format.load(run.folder / "model.onnx").graph.initializer
+    weights = [torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in tensors if len(tensor.dims) > 1]
+    assert len(weights) >= 4
+    for weight in weights:  # of a linear layer perhaps transposed
+        assert two_of_four(weight != 0) or two_of_four(weight.T != 0), tuple(weight.shape)
 
 
 def test_a_folder_that_python_saved_is_exported_and_evaluated(prune, workplace):

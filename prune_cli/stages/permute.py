@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 
-from prune_cli import permutation
+from prune_cli import artifacts, permutation
 from prune_cli.channels import analyse
 from prune_cli.errors import ConfigError
 from prune_cli.granularities.granularity import Granularity
 from prune_cli.granularities.n_m import NM
 from prune_cli.state import Outcome, State
 
+TABLE = "permutation.csv"
+
 log = logging.getLogger(__name__)
 
 
 def permute(state: State, *, granularity: Granularity, window: int, escapes: int) -> State:
     """Reorders coupled channels so that N:M keeps more magnitude (Pool and Yu, NeurIPS 2021).
+
+    What every layer keeps before and after is in permutation.csv.
 
     Args:
         granularity: n_m; its ratios or patterns say which weights count.
@@ -37,7 +41,8 @@ def permute(state: State, *, granularity: Granularity, window: int, escapes: int
             "%s: %s m%dn%d keeps %.6g, before %.6g (efficacy %.1f %%)",
             state.stage, layer.name, layer.m, layer.n, layer.after, layer.before, layer.efficacy,
         )  # fmt: skip
-    return state.evolve(masks=permutation.permute_masks(state.masks, done.moves), outcome=Outcome())
+    outcome = Outcome(files={TABLE: artifacts.table(permutation.Layer, done.layers)})
+    return state.evolve(masks=permutation.permute_masks(state.masks, done.moves), outcome=outcome)
 
 
 def _patterns(state: State, granularity: Granularity) -> dict[str, tuple[int, int]]:
