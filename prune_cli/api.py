@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from prune_cli import artifacts, pruned, shrinking
+from prune_cli import artifacts, pruned, shrinking, surgery
 from prune_cli.config import options
 from prune_cli.criteria import requirements
 from prune_cli.criteria.criterion import Criterion, LayerView
@@ -115,17 +115,14 @@ def shrink(
     selection = select(granularity, chosen, model, example_inputs, statistics=statistics, seed=seed)
     log.info("removing %d of %d units", selection.removed, selection.units)
     origin: Record | None = getattr(model, ORIGIN, None)
-    small = shrinking.shrink(
-        filters,
-        model,
-        example_inputs,
-        selection.masks,
-        lineage=None if origin is None else origin.lineage,
-        check_on=(example_inputs,),
-    )
-    dense = pruned.dense_hash(model) if origin is None else origin.dense_sha256
+    if selection.candidate is None:  # nothing may shrink
+        shrunk = filters.shrink(model, example_inputs, {})
+    else:
+        shrunk = surgery.shrink(model, *selection.candidate)
+    lineage = None if origin is None else origin.lineage
+    small = shrinking.checked(model, shrunk, {}, lineage=lineage, check_on=(example_inputs,))
     record = Record({"_target_": _class_of(model)}) if origin is None else origin
-    object.__setattr__(small.model, ORIGIN, replace(record, lineage=small.lineage, dense_sha256=dense, cfg={}))
+    object.__setattr__(small.model, ORIGIN, replace(record, lineage=small.lineage, cfg={}))
     return small.model
 
 

@@ -319,7 +319,7 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     for name, tensor in distinct(state).items():
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         flat = tensor.cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

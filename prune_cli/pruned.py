@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from prune_cli import artifacts, compressed, surgery
 from prune_cli import masks as masking
-from prune_cli.checkpoints import fit_weights, load_weights, read_state_dict, sha256_of, state_sha256, write_weights
+from prune_cli.checkpoints import fit_weights, load_weights, read_state_dict, sha256_of, write_weights
 from prune_cli.errors import CheckpointError, ConfigError, SurgeryError
 from prune_cli.granularities.targets import PRUNABLE
 from prune_cli.nodes import locate, resolve
@@ -58,7 +58,7 @@ class Record:
         lineage: what is left of the dense network.
         num_classes: outputs of the network, or None where nobody said.
         in_shape: (channels, height, width) of an input, or None.
-        dense_sha256: hash of the dense network's weights.
+        dense_sha256: hash of the dense network's weights; None where a library call made the network.
         cfg: arguments from which the builder makes the small network itself: `cfg` and perhaps `projection`.
     """
 
@@ -471,8 +471,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (*PLAIN, str))
-
-
-def dense_hash(model: nn.Module) -> str:
-    """The hash that `dense_sha256` records."""
-    return state_sha256(model.state_dict())

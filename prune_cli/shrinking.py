@@ -76,7 +76,22 @@ def shrink(
     Raises:
         SurgeryError: the two do not agree, or the network cannot be analysed.
     """
-    shrunk = units.shrink(model, example_inputs, masks)
+    return checked(model, units.shrink(model, example_inputs, masks), masks, lineage=lineage, check_on=check_on)
+
+
+def checked(
+    model: nn.Module,
+    shrunk: Shrunk,
+    masks: Masks,
+    *,
+    lineage: Lineage | None = None,
+    check_on: Iterable[Any] = (),
+) -> Small:
+    """What surgery made of a network, after a look at whether the two agree; see `shrink`.
+
+    Raises:
+        SurgeryError: they do not.
+    """
     with evaluating(model), evaluating(shrunk.model):
         for inputs in check_on:
             _agree(model, shrunk, inputs)

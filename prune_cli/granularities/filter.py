@@ -117,9 +117,9 @@ def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:
             if alive is None:
                 keep[ids] = True
                 continue
-            full = alive.expand(parameters[name].shape).movedim(axis, 0)
-            lines = full.reshape(full.shape[0], -1).any(1)
-            keep[ids[lines.cpu().numpy()]] = True
+            shape = parameters[name].shape
+            lines = alive.reshape((1,) * (len(shape) - alive.dim()) + alive.shape).movedim(axis, 0)
+            keep[ids[lines.reshape(len(lines), -1).any(1).expand(shape[axis]).cpu().numpy()]] = True
     keep[0] = True
     return keep
 

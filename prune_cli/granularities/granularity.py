@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from prune_cli.granularities.budget import Budget
 from prune_cli.granularities.storage import Form
 from prune_cli.granularities.targets import Ratio, Rule
 from prune_cli.masks import Masks
+from prune_cli.plan import Plan
 from prune_cli.shrinking import Shrinks
 
 log = logging.getLogger(__name__)
@@ -242,6 +244,7 @@ class Selection:
         requested: fraction of the units asked for; None where a budget decides.
         channels: output channels of the network that could go if every layer were asked for; 0 for other units.
         channels_removed: those that do.
+        candidate: the channel plan and which of its units stay, where units are channels.
     """
 
     masks: dict[str, Tensor]
@@ -250,6 +253,7 @@ class Selection:
     requested: float | None
     channels: int = 0
     channels_removed: int = 0
+    candidate: tuple[Plan, np.ndarray] | None = None
 
 
 def select(
@@ -296,15 +300,17 @@ def select(
     if granularity.budget is None:
         requested = float(sum(group.ratio * group.scores.numel() for group in groups) / max(units, 1))
     gone = units - sum(int(keep.sum()) for keep in keeps)
-    return Selection(combined(model, groups, keeps), units, gone, requested, *_channels(groups, keeps))
+    structure = groups[0].structure if groups else None
+    candidate = (structure.plan, budgets.kept_units(groups, keeps)) if structure else None
+    masks = combined(model, groups, keeps)
+    return Selection(masks, units, gone, requested, *_channels(candidate), candidate)
 
 
-def _channels(groups: Sequence[Group], keeps: Sequence[Tensor]) -> tuple[int, int]:
+def _channels(candidate: tuple[Plan, np.ndarray] | None) -> tuple[int, int]:
     """Output channels that depend on a channel plan, and those that go."""
-    if not groups or groups[0].structure is None:
+    if candidate is None:
         return 0, 0
-    keep = budgets.kept_units(groups, keeps)
-    plan = groups[0].structure.plan
+    plan, keep = candidate
     producing = {place for family in plan.families for place in family.producers}
     ids = [plan.axes[name][axis] for name, axis in sorted(producing)]
     return sum(map(len, ids)), sum(int((~keep[axis[axis > 0]]).sum()) for axis in ids)
