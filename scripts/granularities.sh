@@ -8,21 +8,25 @@ weights=$1 images=$2
 shift 2
 sweeps=outputs/granularities
 rm -rf "$sweeps"
-sweep() { # NAME overrides: one granularity at one size, by magnitude and at random
+sweep() { # NAME overrides: one granularity at one size, three seeds
     local name=$1
     shift
     prune run -m recipe=resnet20_cifar10_irre model.weights="$weights" dataset=image_folder dataset.root="$images" \
         finetune.epochs=2 finetune.optimizer.lr=0.02 \
         lr_schedule@finetune.lr_schedule=cosine seed=0,1,2 hydra.sweep.dir="$sweeps/$name" "$@"
 }
-pruned=('stages=[prune,finetune]' criterion=l1,random)
-sweep dense_0 'stages=[finetune]' "$@"
-for ratio in 0.5 0.75 0.875; do
-    sweep element_$ratio "${pruned[@]}" granularity=element granularity.scope=layer granularity.ratio=$ratio "$@"
-    sweep stripe_$ratio "${pruned[@]}" granularity=stripe granularity.ratio=$ratio "$@"
-    sweep pattern_$ratio "${pruned[@]}" granularity=pattern granularity.units.pattern_set=fixed5 granularity.ratio=$ratio "$@"
-    sweep filter_$ratio "${pruned[@]}" granularity=filter "granularity.budget={params: $(python -c "print(1 - $ratio)")}" "$@"
-    sweep n_m_$ratio "${pruned[@]}" granularity=n_m granularity.units.m=$(python -c "print(8 if $ratio > 0.8 else 4)") granularity.ratio=$ratio "$@"
+sweep dense__0 'stages=[finetune]' "$@"
+for criterion in l1 random; do
+    for ratio in 0.75 0.5 0.875; do
+        pruned=('stages=[prune,finetune]' criterion=$criterion)
+        part=granularity.ratio=$ratio
+        left=$(python -c "print(1 - $ratio)")
+        sweep element_${criterion}_$ratio "${pruned[@]}" granularity=element $part granularity.scope=layer "$@"
+        sweep stripe_${criterion}_$ratio "${pruned[@]}" granularity=stripe $part "$@"
+        sweep pattern_${criterion}_$ratio "${pruned[@]}" granularity=pattern $part granularity.units.pattern_set=fixed5 "$@"
+        sweep filter_${criterion}_$ratio "${pruned[@]}" granularity=filter "granularity.budget={params: $left}" "$@"
+        sweep n_m_${criterion}_$ratio "${pruned[@]}" granularity=n_m $part granularity.units.m=$(python -c "print(8 if $ratio > 0.8 else 4)") "$@"
+    done
 done
 python - "$sweeps" <<'PYTHON'
 import sys
@@ -32,10 +36,8 @@ import pandas
 
 frames = []
 for path in sorted(Path(sys.argv[1]).glob("*/results.csv")):
-    granularity, _, ratio = path.parent.name.rpartition("_")
-    frame = pandas.read_csv(path)
-    criterion = frame.groupby("job").criterion.ffill().fillna("")  # of the whole job, not of its prune stage alone
-    frames.append(frame.assign(granularity=granularity, ratio=float(ratio), criterion=criterion))
+    granularity, criterion, ratio = path.parent.name.rsplit("_", 2)
+    frames.append(pandas.read_csv(path).assign(granularity=granularity, ratio=float(ratio), criterion=criterion))
 rows = pandas.concat(frames)
 before = rows[rows.stage == "prune"].groupby(["granularity", "ratio", "criterion"]).acc1.mean().rename("acc1_pruned")
 after = rows[rows.stage == "finetune"].groupby(["granularity", "ratio", "criterion"])
