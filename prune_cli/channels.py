@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from prune_cli import trace as tracing
 from prune_cli.errors import SurgeryError
 from prune_cli.labels import Ledger, flat, marks_of
-from prune_cli.modules import named_tensors
+from prune_cli.modules import named_tensors, walk
 from prune_cli.plan import AxisOf, Family, Plan, Tally
-from prune_cli.trace import Example, Refused, Strictness, Trace
+from prune_cli.trace import Example, Modules, Refused, Strictness, Trace
 
 log = logging.getLogger(__name__)
 
@@ -189,20 +189,21 @@ def _trial(plan: Plan) -> np.ndarray:
 
 def _label(model: nn.Module, example: Example, strictness: Strictness, refused: tuple[str, ...]) -> Plan:
     ledger = Ledger()
-    names = tracing.names_of(model)
+    modules = walk(model)
     traces: list[Trace] = []
+    parameters = tracing.mark_parameters(model, modules, ledger, strictness.tied)
     try:
-        parameters = tracing.mark_parameters(model, ledger, strictness.tied)
-        traces.append(_run(model, example, names, ledger, strictness, training=False))
-        if _untouched(parameters, ledger):
+        trace, used = _run(model, example, modules, ledger, strictness, training=False)
+        traces.append(trace)
+        if any(id(tensor) not in used for tensor, _ in parameters.values()):  # an auxiliary head, for example
             work = list(ledger.work)
             try:
-                traces.append(_run(model, example, names, ledger, strictness, training=True))
+                traces.append(_run(model, example, modules, ledger, strictness, training=True)[0])
             except SurgeryError:
                 log.debug("the model does not run in training mode on the example; auxiliary heads are not analysed")
             ledger.work = work
     finally:
-        tracing.unmark(model)
+        tracing.unmark(parameters)
     classes = ledger.solve()
     plan = _plan(model, example, parameters, ledger, classes, traces, refused)
     return replace(plan, strictness=strictness)
@@ -211,28 +212,19 @@ def _label(model: nn.Module, example: Example, strictness: Strictness, refused: 
 def _run(
     model: nn.Module,
     example: Example,
-    names: Mapping[int, str],
+    modules: Modules,
     ledger: Ledger,
     strictness: Strictness,
     *,
     training: bool,
-) -> Trace:
+) -> tuple[Trace, set[int]]:
+    """The trace, and the identities of the tensors that took part."""
     trace = Trace(training)
-    for output in tracing.execute(model, example, tracing.Labeller(names, ledger, trace, strictness), training):
+    labeller = tracing.Labeller(modules, ledger, trace, strictness)
+    for output in tracing.execute(model, example, labeller, training):
         for label in marks_of(output).fields:
             ledger.freeze(label)
-    return trace
-
-
-def _untouched(parameters: Mapping[str, tuple[Tensor, dict[int, int]]], ledger: Ledger) -> bool:
-    """Whether some parameter took no part in a product or sum: an auxiliary head, for example."""
-    arrays = [*ledger.producers, *ledger.consumers, *ledger.frozen, *(side for edge in ledger.edges for side in edge)]
-    seen = _touched([array.ravel() for array in arrays], ledger.count)
-    counts = np.concatenate([[0], np.cumsum(seen)])
-    return any(
-        first and not any(counts[start + tensor.shape[axis]] > counts[start] for axis, start in first.items())
-        for tensor, first in parameters.values()
-    )
+    return trace, labeller.used
 
 
 def _plan(

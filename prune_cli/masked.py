@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from prune_cli import trace as tracing
 from prune_cli.channels import Plan
 from prune_cli.labels import flat, varied
+from prune_cli.modules import walk
 from prune_cli.surgery import Shrunk, structured_masks
-from prune_cli.trace import Example, Step, Trace, Tracer
+from prune_cli.trace import Example, Modules, Step, Trace, Tracer
 
 
 class KeptNorms(Tracer):
@@ -27,8 +28,8 @@ class KeptNorms(Tracer):
 
     real = True
 
-    def __init__(self, names: dict[int, str], trace: Trace, keep: np.ndarray) -> None:
-        super().__init__(names)
+    def __init__(self, modules: Modules, trace: Trace, keep: np.ndarray) -> None:
+        super().__init__(modules)
         self.keep = keep  # keep[variable + 1]
         self.steps: dict[tuple[str, str, int], Step] = {}  # layer, operator, how many times before
         self.seen: Counter[tuple[str, str]] = Counter()
@@ -110,7 +111,7 @@ def forward(model: nn.Module, plan: Plan, keep: np.ndarray, example: Example) ->
         for name, mask in structured_masks(model, plan, keep).items():
             if name in named:
                 named[name].mul_(mask)
-    tracer = KeptNorms(tracing.names_of(masked), plan.traces[0], of_variable)
+    tracer = KeptNorms(walk(masked), plan.traces[0], of_variable)
     return tracing.execute(masked, example, tracer, training=False)
 
 
@@ -128,7 +129,7 @@ def difference(model: nn.Module, shrunk: Shrunk, example: Example) -> float:
     class Plain(Tracer):
         real = True
 
-    got = tracing.execute(shrunk.model, example, Plain({}), training=False)
+    got = tracing.execute(shrunk.model, example, Plain(walk(shrunk.model)), training=False)
     worst = 0.0
     for a, b in zip(want, got, strict=True):
         if a.is_floating_point() and a.numel():

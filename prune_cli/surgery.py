@@ -283,10 +283,10 @@ def check(small: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str, float]:
     present = keep.copy()
     present[0] = True
     of_variable = torch.from_numpy(np.concatenate([[True], present[plan.variables]]))
-    names = trace.names_of(small)
+    modules = walk(small)
     scales: dict[str, float] = {}
     for number, dense in enumerate(plan.traces):
-        checker = Checker(names, dense, of_variable)
+        checker = Checker(modules, dense, of_variable)
         try:
             trace.execute(small, plan.example, checker, dense.training)
         except trace.Refused as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from prune_cli.errors import SurgeryError
 from prune_cli.hollow import HEAVY, LIGHT, SHAPED, VIEWS, Pages, product, shaped, skipped
 from prune_cli.labels import NOTHING, Kind, Ledger, Marks, marks_of, varied
-from prune_cli.modules import named_tensors, walk
+from prune_cli.modules import named_tensors
 from prune_cli.operators.call import Call, Result, Unsupported, tensors
 from prune_cli.operators.mixing import per_channel, pointwise
 from prune_cli.operators.table import factory, frozen, rule
@@ -41,10 +41,11 @@ TIED_ATTENTION = {
     "RelativePositionalMultiHeadAttention": "to_qkv.weight",
 }
 Example = Any  # a tensor, a tuple of positional arguments or a dict of keyword arguments
+Modules = Sequence[tuple[str, nn.Module]]  # dotted names and modules, from walk
+Parameters = dict[str, tuple[Tensor, dict[int, int]]]  # name -> tensor and, per axis, its first variable
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One executed operator: what the small network is compared with."""
 
     name: str
@@ -136,13 +137,18 @@ def call_model(model: nn.Module, example: Example) -> Any:
 
 
 class Tracer(TorchDispatchMode):
-    """Keeps the stack of modules and counts operators; ``visit`` sees each one with its output."""
+    """Keeps the stack of modules and counts operators; ``visit`` sees each one with its output.
+
+    Args:
+        modules: The modules of the network that will run, from ``walk``.
+    """
 
     real = False  # whether products are computed
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, modules: Modules) -> None:
         super().__init__()
-        self.names = names
+        self.modules = modules
+        self.names = {id(module): name for name, module in modules}
         self.stack: list[tuple[str, nn.Module | None]] = [("", None)]
         self.ordinal = -1
         self.current = ""
@@ -232,33 +238,34 @@ def _zeros_first(pads: Sequence[int], fields: Sequence[Tensor]) -> Iterator[Tens
 class Labeller(Tracer):
     """Executes the dense network on labels."""
 
-    def __init__(self, names: Mapping[int, str], ledger: Ledger, trace: Trace, strictness: Strictness):
-        super().__init__(names)
+    def __init__(self, modules: Modules, ledger: Ledger, trace: Trace, strictness: Strictness):
+        super().__init__(modules)
         self.ledger, self.trace = ledger, trace
         self.levels, self.tied = strictness.levels, strictness.tied
         self.flattening = False
         self.codes: dict[int, tuple[str, str | None, bool]] = {}
+        self.used: set[int] = set()  # identities of the tensors that took part
 
     def about(self, module: nn.Module | None) -> tuple[str, str | None, bool]:
         """A module's code, what its head axes mean and whether it normalises."""
-        found = self.codes.get(id(module))
-        if found is None:
-            heads = None
-            if has_heads(module):
-                tied = code_of(module) in self.tied or type(module).__name__ in TIED_ATTENTION
-                heads = "dims" if tied else "heads"
-            norm = module is not None and "norm" in type(module).__name__.lower()
-            found = self.codes[id(module)] = code_of(module), heads, norm
+        heads = None
+        if has_heads(module):
+            tied = code_of(module) in self.tied or type(module).__name__ in TIED_ATTENTION
+            heads = "dims" if tied else "heads"
+        norm = module is not None and "norm" in type(module).__name__.lower()
+        found = self.codes[id(module)] = code_of(module), heads, norm
         return found
 
     def visit(self, name: str, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         layer, module = self.stack[-1]
-        code, heads, norm = self.about(module)
+        code, heads, norm = self.codes.get(id(module)) or self.about(module)
         level = self.levels.get((self.trace.training, self.ordinal), 0) if self.levels else 0
-        call = Call(name, func, args, kwargs, out, self.ledger, level, heads, norm, layer)
+        inputs = tensors(args, kwargs)
+        call = Call(name, func, args, kwargs, out, self.ledger, inputs, level, heads, norm, layer)
         found = rule(name, func)
         mark = found or frozen
-        labelled = any(marks_of(t).fields for t in tensors(args, kwargs))
+        labelled = any([marks_of(t).fields for t in inputs])
+        self.used.update(map(id, inputs))
         if not self.trace.literal and not self._follows(call, found, labelled, module):
             self.trace.literal = True
         local = labelled and (name in LOCAL or name in NORMS)
@@ -299,9 +306,12 @@ class Labeller(Tracer):
             if isinstance(tensor, Tensor):
                 mark = self._checked(tensor, mark)
                 tensor._prune_marks = mark  # type: ignore[attr-defined]
-                free = {a for a, stride in enumerate(tensor.stride()) if not stride and tensor.shape[a] > 1}
-                free -= {a for label in mark.fields for a in varied(label)}
-                seen.append((tuple(FREE if a in free else n for a, n in enumerate(tensor.shape)), mark))
+                shape = tuple(tensor.shape)
+                if 0 in tensor.stride():
+                    free = {a for a, stride in enumerate(tensor.stride()) if not stride and shape[a] > 1}
+                    free -= {a for label in mark.fields for a in varied(label)}
+                    shape = tuple(FREE if a in free else n for a, n in enumerate(shape))
+                seen.append((shape, mark))
         self.trace.steps.append(
             Step(
                 call.name,
@@ -360,9 +370,12 @@ def has_heads(module: nn.Module | None) -> bool:
         return False
     plain = module.__dict__
     places = (plain, plain["_modules"], plain["_parameters"], plain["_buffers"])
-    return any(name in place for place in places for name in HEAD_COUNTS) or any(
-        hasattr(type(module), name) for name in HEAD_COUNTS
-    )
+    return _class_has_heads(type(module)) or not all(place.keys().isdisjoint(HEAD_COUNTS) for place in places)
+
+
+@lru_cache(maxsize=4096)
+def _class_has_heads(kind: type) -> bool:
+    return any(hasattr(kind, name) for name in HEAD_COUNTS)
 
 
 def query_projection(module: nn.Module) -> str | None:
@@ -393,9 +406,9 @@ def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
 
 
 @contextmanager
-def _quiet(model: nn.Module, tracer: Tracer, training: bool) -> Iterator[None]:
+def _quiet(tracer: Tracer, training: bool) -> Iterator[None]:
     """Fused kernels off, modes as asked, hooks of the tracer on; everything restored afterwards."""
-    modes = [(module, module.training) for _, module in walk(model)]
+    modes = [(module, module.training) for _, module in tracer.modules]
     fast, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     with ExitStack() as stack:
         stack.callback(_restore, modes)
@@ -434,7 +447,7 @@ def execute(model: nn.Module, example: Example, tracer: Tracer, training: bool) 
         SurgeryError: The model does not run on the example.
         Refused: The small network did not follow.
     """
-    with _quiet(model, tracer, training):
+    with _quiet(tracer, training):
         try:
             return [t for t in tree_leaves(_plain(call_model(model, example))) if isinstance(t, Tensor)]
         except Refused:
@@ -453,19 +466,21 @@ def _plain(output: Any) -> Any:
 
 
 def mark_parameters(
-    model: nn.Module, ledger: Ledger, tied: frozenset[str] = frozenset()
-) -> dict[str, tuple[Tensor, dict[int, int]]]:
+    model: nn.Module, modules: Modules, ledger: Ledger, tied: frozenset[str] = frozenset()
+) -> Parameters:
     """Gives every axis of every floating-point parameter and buffer its own variables.
 
     Returns:
         Per distinct parameter or buffer name: the tensor and, per axis, its first variable.
     """
-    found: dict[str, tuple[Tensor, dict[int, int]]] = {}
+    found: Parameters = {}
+    kernels = {id(module._parameters.get("weight")) for _, module in modules if isinstance(module, _ConvNd)}
     for name, tensor in named_tensors(model, again=False).items():
         if not tensor.is_floating_point():
             continue
         first, fields = {}, []
-        for axis, size in enumerate(tensor.shape):
+        axes = 2 if id(tensor) in kernels else tensor.dim()  # what is left of a kernel keeps its size
+        for axis, size in enumerate(tensor.shape[:axes]):
             if size > 1:
                 first[axis] = ledger.count
                 fields.append(ledger.fresh_along(axis, tensor.shape))
@@ -473,7 +488,7 @@ def mark_parameters(
             tuple(fields), Kind.WEIGHT, isinstance(tensor, nn.Parameter)
         )
         found[name] = (tensor, first)
-    for name, module in walk(model):
+    for name, module in modules:
         projection = TIED_ATTENTION.get(type(module).__name__)
         if projection is None and code_of(module) in tied:
             projection = query_projection(module)
@@ -486,12 +501,7 @@ def mark_parameters(
     return found
 
 
-def unmark(model: nn.Module) -> None:
+def unmark(parameters: Parameters) -> None:
     """Removes the marks from parameters and buffers."""
-    for tensor in named_tensors(model, again=False).values():
+    for tensor, _ in parameters.values():
         tensor.__dict__.pop("_prune_marks", None)
-
-
-def names_of(model: nn.Module) -> dict[int, str]:
-    """Dotted names of modules by identity."""
-    return {id(module): name for name, module in walk(model)}

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_cli.labels import varied
-from prune_cli.modules import named_tensors, walk
+from prune_cli.modules import walk
 from prune_cli.trace import HEAD_COUNTS, Trace
 
 Edits = dict[str, dict[str, Any]]
@@ -58,14 +58,14 @@ def edits(
         Module name -> attribute -> new value; ints and lists of ints.
     """
     found: Edits = {}
-    modules = dict(walk(small))
-    sizes = _sizes(dense, small)
+    modules, twins = walk(dense), dict(walk(small))
+    sizes = {name: _sizes(module, twins[name]) for name, module in modules}
     changed = frozenset(old for pairs in sizes.values() for old, new in pairs if old != new)
     cuts = _cut_sizes(traces, units, keep)
     pads = _pads(traces, units, keep)
     shapes = _norm_shapes(traces, units, keep)
-    for name, module in walk(dense):
-        changes = _layer(module, modules[name])
+    for name, module in modules:
+        changes = _layer(module, twins[name])
         if name in shapes and hasattr(module, "normalized_shape"):
             changes["normalized_shape"] = shapes[name]
         if not (changes and type(module).__module__.startswith("torch.nn.modules")):
@@ -137,16 +137,18 @@ def _groups(dense: nn.GroupNorm, new: Tensor) -> int:
     return new.shape[0] if dense.num_groups == dense.num_channels else dense.num_groups
 
 
-Sizes = dict[str, list[tuple[int, int]]]
+Sizes = dict[str, list[tuple[int, int]]]  # module name -> (old, new) size of its own axes
 
 
-def _sizes(dense: nn.Module, small: nn.Module) -> Sizes:
-    """Module name -> (old, new) size of every axis of its own parameters and buffers."""
-    found: Sizes = {}
-    named = named_tensors(dense, again=False).items()
-    for (name, old), new in zip(named, named_tensors(small, again=False).values(), strict=True):
-        found.setdefault(name.rpartition(".")[0], []).extend(zip(old.shape, new.shape, strict=True))
-    return found
+def _sizes(dense: nn.Module, small: nn.Module) -> list[tuple[int, int]]:
+    """(old, new) size of every axis of a module's own parameters and buffers."""
+    return [
+        pair
+        for kind in ("_parameters", "_buffers")
+        for key, tensor in dense.__dict__[kind].items()
+        if tensor is not None
+        for pair in zip(tensor.shape, small.__dict__[kind][key].shape, strict=True)
+    ]
 
 
 def _below(sizes: Sizes, name: str, values: Iterable[Any]) -> Iterator[tuple[int, int]]:

@@ -52,7 +52,7 @@ def _keeps_zero(func: Any, key: tuple[Any, ...], kwargs: tuple[tuple[str, Any], 
 def pointwise(call: Call) -> Result:
     """Elementwise operators: labels that meet are equal; an axis that meets constant data is frozen."""
     out = call.out
-    inputs = tensors(call.args, call.kwargs)
+    inputs = call.inputs
     labelled = [t for t in inputs if marks_of(t).fields]
     if not labelled:
         kinds = {marks_of(t).kind for t in inputs if t.dim()} or {Kind.DATA}
