@@ -264,7 +264,7 @@ class Labeller(Tracer):
         call = Call(name, func, args, kwargs, out, self.ledger, inputs, level, heads, norm, layer)
         found = rule(name, func)
         mark = found or frozen
-        labelled = any([marks_of(t).fields for t in inputs])
+        labelled = any(marks_of(t).fields for t in inputs)
         self.used.update(map(id, inputs))
         if not self.trace.literal and not self._follows(call, found, labelled, module):
             self.trace.literal = True
@@ -370,7 +370,8 @@ def has_heads(module: nn.Module | None) -> bool:
         return False
     plain = module.__dict__
     places = (plain, plain["_modules"], plain["_parameters"], plain["_buffers"])
-    return _class_has_heads(type(module)) or not all(place.keys().isdisjoint(HEAD_COUNTS) for place in places)
+    kind: type = type(module)
+    return _class_has_heads(kind) or not all(place.keys().isdisjoint(HEAD_COUNTS) for place in places)
 
 
 @lru_cache(maxsize=4096)
