@@ -44,6 +44,8 @@ LEVELLED = {
     "native_channel_shuffle": 1,
     "sum": 1,
     "linalg_vector_norm": 1,
+    "_softmax": 1,
+    "_safe_softmax": 1,
     "native_layer_norm": 1,
     "native_group_norm": 1,
 }

@@ -183,6 +183,12 @@ def _copy(
         raise SurgeryError(f"the model can't be copied ({error}); remove what copy.deepcopy refuses") from error
 
 
+def duplicate(model: nn.Module) -> nn.Module:
+    """``copy.deepcopy`` of a network, also where that refuses computed tensors (old-style weight_norm)."""
+    with torch.no_grad():
+        return _copy(model, _slice, {})
+
+
 def _clone(module: nn.Module, memo: dict[int, Any], ordinary: dict[type, bool]) -> Any:
     """``copy.deepcopy`` with a short way for the plain state of ordinary modules."""
     if id(module) in memo:
@@ -217,6 +223,8 @@ def _clone(module: nn.Module, memo: dict[int, Any], ordinary: dict[type, bool]) 
             state[key] = value
         elif key == "_reversed_padding_repeated_twice" and sort is list:
             state[key] = list(value)
+        elif trace.is_cache(key, value):
+            state[key] = trace.emptied(value)
         elif key != "_compiled_call_impl":  # as in Module.__getstate__
             _detach(value, memo)
             state[key] = copy.deepcopy(value, memo)

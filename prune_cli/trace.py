@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from prune_cli.errors import SurgeryError
 from prune_cli.hollow import HEAVY, LIGHT, SHAPED, VIEWS, Pages, product, shaped, skipped
-from prune_cli.labels import NOTHING, Kind, Ledger, Marks, marks_of, varied
+from prune_cli.labels import NOTHING, Kind, Ledger, Marks, marks_of, varied, vector
 from prune_cli.modules import named_tensors
-from prune_cli.operators.call import Call, Result, Unsupported, tensors
+from prune_cli.operators.call import Call, Result, Unsupported, axis_of, tensors
 from prune_cli.operators.mixing import per_channel, pointwise
 from prune_cli.operators.table import factory, frozen, rule
 
@@ -76,6 +76,7 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     widths: list[tuple[str, tuple[int, ...], Tensor]] = field(default_factory=list)
+    splits: list[tuple[str, tuple[Tensor, ...]]] = field(default_factory=list)  # layer, labels of the parts of an axis
     pads: list[tuple[str, Tensor]] = field(default_factory=list)  # layer, labels of the channels of zeros it puts first
     unknown: dict[str, str] = field(default_factory=dict)
     literal: bool = False  # whether some operator took a size that the code may spell out
@@ -112,7 +113,9 @@ FOLLOWING = {
     "permute", "transpose", "t", "unsqueeze", "squeeze", "clone", "contiguous", "_to_copy", "alias", "detach", "dropout",
     "cat", "mean", "sum", "native_batch_norm", "prelu", "mm", "addmm",
 }  # fmt: skip
-NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "mean", "var", "var_mean"}
+NORMS = {
+    "native_layer_norm", "native_group_norm", "_fused_rms_norm", "mean", "var", "var_mean", "_softmax", "_safe_softmax",
+}  # fmt: skip
 FREE = -1  # the size of an expanded axis, which may follow its neighbours
 
 
@@ -326,6 +329,11 @@ class Labeller(Tracer):
         )
         if call.heads and call.cut and seen and seen[0][1].fields:
             self.trace.cuts.append(Cut(call.layer, tuple(call.out.shape), seen[0][1].fields[0]))
+        if "split" in call.name and len(seen) > 1 and seen[0][1].fields:
+            axis = axis_of(call.arg(2, "dim", 0), call.args[0].dim())
+            parts = [[f for f in mark.fields if varied(f) == (axis,)] for _, mark in seen]
+            if all(parts):
+                self.trace.splits.append((call.layer, tuple(vector(found[0], axis) for found in parts)))
         if call.name == "constant_pad_nd" and seen and seen[0][1].fields:
             self.trace.pads.extend((call.layer, line) for line in _zeros_first(call.args[1], seen[0][1].fields))
         if call.name in ("native_layer_norm", "_fused_rms_norm"):
@@ -401,25 +409,47 @@ class Refused(Exception):
         self.trace = 0  # which of the plan's traces
 
 
-def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.__dict__["training"] = training
+def _restore(states: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
+    for plain, state, buffers in states:
+        plain.clear()
+        plain.update(state)
+        if buffers:
+            plain["_buffers"].update(buffers)
+
+
+def _prepare(plain: dict[str, Any], training: bool) -> None:
+    """Gives a module its mode, and dictionaries of its own to write to; what it caches it computes again."""
+    plain["training"] = training and bool(plain["_modules"])
+    for key, value in plain.items():  # keys stay, so this is safe
+        if is_cache(key, value):
+            plain[key] = emptied(value)
+        elif type(value) is dict and key[0] != "_":
+            plain[key] = value.copy()
+
+
+def is_cache(key: str, value: Any) -> bool:
+    """Whether an attribute holds tensors that the module computes again where they are missing."""
+    return "cache" in key and (value is None or type(value) is dict or isinstance(value, Tensor))
+
+
+def emptied(cache: Any) -> Any:
+    """What a cache holds before the first run."""
+    return {} if isinstance(cache, dict) else None
 
 
 @contextmanager
 def _quiet(tracer: Tracer, training: bool) -> Iterator[None]:
     """Fused kernels off, modes as asked, hooks of the tracer on; everything restored afterwards."""
-    modes = [(module, module.training) for _, module in tracer.modules]
+    states = [(m.__dict__, m.__dict__.copy(), m.__dict__["_buffers"].copy()) for _, m in tracer.modules]
     fast, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     with ExitStack() as stack:
-        stack.callback(_restore, modes)
+        stack.callback(_restore, states)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         stack.callback(torch._C._set_mkldnn_enabled, mkldnn)
         state = torch.get_rng_state()
         stack.callback(torch.set_rng_state, state)
-        for module, _ in modes:
-            plain = module.__dict__
-            plain["training"] = training and bool(plain["_modules"])
+        for plain, _, _ in states:
+            _prepare(plain, training)
         torch.backends.mha.set_fastpath_enabled(False)
         torch._C._set_mkldnn_enabled(False)
         stack.enter_context(torch.no_grad())

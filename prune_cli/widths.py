@@ -60,6 +60,9 @@ def edits(
     found: Edits = {}
     modules, twins = walk(dense), dict(walk(small))
     sizes = {name: _sizes(module, twins[name]) for name, module in modules}
+    splits = _splits(traces, units, keep)
+    for name, pairs in splits:
+        sizes.setdefault(name, []).extend([*pairs, (sum(old for old, _ in pairs), sum(new for _, new in pairs))])
     changed = frozenset(old for pairs in sizes.values() for old, new in pairs if old != new)
     cuts = _cut_sizes(traces, units, keep)
     pads = _pads(traces, units, keep)
@@ -71,6 +74,7 @@ def edits(
         if not (changes and type(module).__module__.startswith("torch.nn.modules")):
             others = _others(module, name, sizes, changed, cuts.get(name, ()), guesses.get(name, 0))
             changes |= {k: v for k, v in others.items() if k not in changes}
+        changes |= _part_sizes(module, [pairs for layer, pairs in splits if layer == name])
         if name in pads:
             old, new = pads[name]
             changes |= {k: new for k, v in vars(module).items() if PAD.search(k) and type(v) is int and v == old}
@@ -263,6 +267,29 @@ def _cut_sizes(
                 if new != cut.sizes[axis] or (role, cut.sizes[axis]) not in found.get(cut.layer, {}):
                     found.setdefault(cut.layer, {})[role, cut.sizes[axis]] = new
     return {layer: tuple(sizes.items()) for layer, sizes in found.items()}
+
+
+def _splits(
+    traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray
+) -> list[tuple[str, tuple[tuple[int, int], ...]]]:
+    """Modules that split an axis of channels, with the (old, new) size of every part."""
+    return [
+        (layer, tuple((len(part), int(_keep(part, units, keep).sum())) for part in parts))
+        for trace in traces
+        for layer, parts in trace.splits
+    ]
+
+
+def _part_sizes(module: nn.Module, splits: list[tuple[tuple[int, int], ...]]) -> dict[str, list[int]]:
+    """Attributes that list the sizes of the parts of a split."""
+    return {
+        key: [new for _, new in pairs]
+        for pairs in splits
+        for key, value in vars(module).items()
+        if isinstance(value, (list, tuple))
+        and all(type(item) is int for item in value)
+        and list(value) == [old for old, _ in pairs]
+    }
 
 
 def _norm_shapes(traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray) -> dict[str, list[int]]:

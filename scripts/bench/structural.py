@@ -1,7 +1,9 @@
 """Cost of structural pruning in CPU seconds of one thread, beside the model's forward pass and the peer (torch-pruning).
 
     python scripts/bench/structural.py --models resnet18,mobilenet_v2 --rounds 5
-    python scripts/bench/structural.py --models '.*' --rounds 3 --quick --out outputs/structural.csv   # all, an hour
+    python scripts/bench/structural.py --models '.*' --rounds 3 --quick --out outputs/structural.csv   # all
+
+Models that are in the CSV already are not measured again: the same command goes on, or prints the summary.
 
 Contenders take turns (A B A B ...); every figure is a median of CPU time, so other load on the machine matters little.
 Neither side scores channels: ours removes the first ones, the peer random ones. Per model:
@@ -20,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import gc
 import math
 import re
 import resource
@@ -50,7 +53,8 @@ SUMMARY = ("forwards", "less_copy", "speedup", "count_speedup", "memory")
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """CPU seconds of one call."""
+    """CPU seconds of one call, which does not collect the garbage of the one before."""
+    gc.collect()
     start = time.process_time()
     function()
     return time.process_time() - start
@@ -67,6 +71,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
 def ours(model: nn.Module, example: Tensor) -> tuple[float, float]:
     """Analyse, halve every family, shrink; CPU seconds of analysis, and of selection and shrinking."""
+    gc.collect()
     start = time.process_time()
     plan = channels.analyse(model, example)
     middle = time.process_time()
@@ -224,8 +229,15 @@ def main() -> None:
         peer(*tiny())
     known = torchvision.models.list_models(module=torchvision.models)
     listed = [n for n in known if any(re.fullmatch(part, n) for part in args.models.split(","))]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if args.out and args.out.exists():
+        with args.out.open(newline="") as file:
+            rows = [
+                {k: v if k in ("model", "peer") else float(v) for k, v in row.items()} for row in csv.DictReader(file)
+            ]
     for name in listed:
+        if any(row["model"] == name for row in rows):
+            continue
         rows.append(measure(name, args.rounds, not args.no_peer, args.patience, args.limit, args.quick))
         print(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
         if args.out:
