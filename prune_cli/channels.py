@@ -247,11 +247,13 @@ def _plan(
     units = number[classes]
     units[0] = 0
     size = int(live.sum()) + 1
+    known: dict[bytes, np.ndarray] = {}  # equal axes share one array
     axes: dict[str, dict[int, np.ndarray]] = {}
     roles: list[tuple[AxisOf, np.ndarray, str]] = []
     for name, (tensor, first) in parameters.items():
         for axis, start in first.items():
             ids = units[start : start + tensor.shape[axis]]
+            ids = known.setdefault(ids.tobytes(), ids)
             if ids.any():
                 axes.setdefault(name, {})[axis] = ids
                 role = "producers" if producing[start] else "consumers" if consuming[start] else "others"
@@ -303,10 +305,13 @@ def _families(roles: list[tuple[AxisOf, np.ndarray, str]], size: int) -> list[Fa
     rank = np.argsort(np.argsort(first))  # families in the order of their first unit
     family = np.concatenate([[-1], rank[group]]) if size > 1 else np.array([-1])
     along: list[dict[str, list[AxisOf]]] = [{"producers": [], "consumers": [], "others": []} for _ in first]
+    touched: dict[int, list[int]] = {}  # by identity: equal axes share one array
     for place, ids, role in roles:
-        seen = np.zeros(len(first) + 1, dtype=bool)
-        seen[family[ids]] = True  # the last entry is for fixed positions
-        for number in np.flatnonzero(seen[:-1]):
+        if id(ids) not in touched:
+            seen = np.zeros(len(first) + 1, dtype=bool)
+            seen[family[ids]] = True  # the last entry is for fixed positions
+            touched[id(ids)] = seen[:-1].nonzero()[0].tolist()
+        for number in touched[id(ids)]:
             along[number][role].append(place)
     order = np.argsort(family[1:], kind="stable") + 1
     parts = np.split(order, np.cumsum(np.bincount(family[1:], minlength=len(first)))[:-1]) if len(first) else []
@@ -330,13 +335,10 @@ def _renumber(
     number = np.zeros(len(order) + 1, dtype=np.int64)
     number[order] = np.arange(1, len(order) + 1)
     renamed = tuple(Family(f.name, number[f.units], f.producers, f.consumers, f.others) for f in families)
-    known: dict[bytes, np.ndarray] = {}  # equal axes share one array
-    axes = {name: {axis: _known(known, number[ids]) for axis, ids in value.items()} for name, value in axes.items()}
+    new = {id(ids): ids for value in axes.values() for ids in value.values()}  # equal axes share one array
+    new = {key: number[ids] for key, ids in new.items()}
+    axes = {name: {axis: new[id(ids)] for axis, ids in value.items()} for name, value in axes.items()}
     return number[units], renamed, axes, len(order) + 1
-
-
-def _known(known: dict[bytes, np.ndarray], ids: np.ndarray) -> np.ndarray:
-    return known.setdefault(ids.tobytes(), ids)
 
 
 def _share(
@@ -356,6 +358,7 @@ def _tally(
     units: np.ndarray,
 ) -> Tally:
     index: dict[bytes, int] = {}
+    same: dict[int, int] = {}  # by identity, for the axes of parameters, which share arrays
     arrays: list[np.ndarray] = []
 
     def number(ids: np.ndarray) -> int:
@@ -364,6 +367,11 @@ def _tally(
             index[key] = len(arrays)
             arrays.append(ids)
         return index[key]
+
+    def shared(ids: np.ndarray) -> int:
+        if id(ids) not in same:
+            same[id(ids)] = number(ids)
+        return same[id(ids)]
 
     def rows(items: list[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
         width = max((len(which) for _, which in items), default=1) or 1
@@ -379,7 +387,7 @@ def _tally(
             fixed = tensor.numel()
             for axis in mine:
                 fixed //= tensor.shape[axis]
-            params.append((fixed, [number(ids) for ids in mine.values()]))
+            params.append((fixed, [shared(ids) for ids in mine.values()]))
             layers.append(name.rpartition(".")[0])
     macs, mac_layers = [], []
     for work in ledger.work:

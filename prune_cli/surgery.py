@@ -341,7 +341,7 @@ def shrink(model: nn.Module, plan: Plan, keep: np.ndarray, optimizer: torch.opti
     scales = _scales(model, small, changes)
     _rescale(small, scales)
     for name, parameter in named_tensors(model, again=False).items():
-        if isinstance(parameter, nn.Parameter) and parameter.grad is not None:
+        if parameter.is_leaf and parameter.grad is not None and isinstance(parameter, nn.Parameter):
             small.get_parameter(name).grad = _slice(parameter.grad, kept.get(name, {}))
     if optimizer is not None:
         _repoint(optimizer, model, small, kept)

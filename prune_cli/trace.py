@@ -7,18 +7,17 @@ execution costs much less than a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -163,13 +162,20 @@ class Tracer(TorchDispatchMode):
         """No guard against torch.compile around every operator: nothing is compiled here."""
         return False
 
-    def enter(self, module: nn.Module, args: Any) -> None:
-        """Called before a module runs."""
-        self.stack.append((self.names.get(id(module), self.stack[-1][0]), module))
+    def patches(self) -> ExitStack:
+        """What is replaced in torch while the model runs."""
+        stack, call = self.stack, nn.Module.__call__
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Called after a module ran."""
-        self.stack.pop()
+        def called(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            stack.append((self.names.get(id(module), stack[-1][0]), module))
+            try:
+                return call(module, *args, **kwargs)
+            finally:
+                stack.pop()
+
+        replaced = ExitStack()
+        replaced.enter_context(patch.object(nn.Module, "__call__", called))
+        return replaced
 
     @property
     def layer(self) -> str:
@@ -212,23 +218,6 @@ class Tracer(TorchDispatchMode):
         """Sees an executed operator."""
 
 
-class Flattening(TorchFunctionMode):
-    """Tells a labeller which views come from ``flatten``, whose sizes are never spelt out."""
-
-    def __init__(self, labeller: Labeller) -> None:
-        super().__init__()
-        self.labeller = labeller
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.flatten or func is Tensor.flatten:
-            self.labeller.flattening = True
-            try:
-                return func(*args, **(kwargs or {}))
-            finally:
-                self.labeller.flattening = False
-        return func(*args, **kwargs) if kwargs else func(*args)
-
-
 def _zeros_first(pads: Sequence[int], fields: Sequence[Tensor]) -> Iterator[Tensor]:
     """The labels of the positions that a padding puts before an axis of channels."""
     for label in fields:
@@ -245,9 +234,25 @@ class Labeller(Tracer):
         super().__init__(modules)
         self.ledger, self.trace = ledger, trace
         self.levels, self.tied = strictness.levels, strictness.tied
-        self.flattening = False
+        self.flattening = False  # inside a flatten, whose sizes are never spelt out
         self.codes: dict[int, tuple[str, str | None, bool]] = {}
         self.used: set[int] = set()  # identities of the tensors that took part
+
+    def patches(self) -> ExitStack:
+        def marked(flatten: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def flattened(*args: Any, **kwargs: Any) -> Tensor:
+                self.flattening = True
+                try:
+                    return flatten(*args, **kwargs)
+                finally:
+                    self.flattening = False
+
+            return flattened
+
+        replaced = super().patches()
+        for owner in (torch, Tensor):
+            replaced.enter_context(patch.object(owner, "flatten", marked(owner.flatten)))
+        return replaced
 
     def about(self, module: nn.Module | None) -> tuple[str, str | None, bool]:
         """A module's code, what its head axes mean and whether it normalises."""
@@ -417,9 +422,14 @@ def _restore(states: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
             plain["_buffers"].update(buffers)
 
 
-def _prepare(plain: dict[str, Any], training: bool) -> None:
-    """Gives a module its mode, and dictionaries of its own to write to; what it caches it computes again."""
-    plain["training"] = training and bool(plain["_modules"])
+@lru_cache(maxsize=4096)
+def _keeps_nothing(kind: type) -> bool:
+    """Layers of torch store nothing while they run."""
+    return kind.__module__.startswith("torch.nn.modules.")
+
+
+def _forget(plain: dict[str, Any]) -> None:
+    """Gives a module dictionaries of its own to write to; what it caches it computes again."""
     for key, value in plain.items():  # keys stay, so this is safe
         if is_cache(key, value):
             plain[key] = emptied(value)
@@ -439,8 +449,9 @@ def emptied(cache: Any) -> Any:
 
 @contextmanager
 def _quiet(tracer: Tracer, training: bool) -> Iterator[None]:
-    """Fused kernels off, modes as asked, hooks of the tracer on; everything restored afterwards."""
+    """Fused kernels off, modes as asked, patches of the tracer on; everything restored afterwards."""
     states = [(m.__dict__, m.__dict__.copy(), m.__dict__["_buffers"].copy()) for _, m in tracer.modules]
+    kinds: list[type] = [type(m) for _, m in tracer.modules]
     fast, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     with ExitStack() as stack:
         stack.callback(_restore, states)
@@ -448,17 +459,16 @@ def _quiet(tracer: Tracer, training: bool) -> Iterator[None]:
         stack.callback(torch._C._set_mkldnn_enabled, mkldnn)
         state = torch.get_rng_state()
         stack.callback(torch.set_rng_state, state)
-        for plain, _, _ in states:
-            _prepare(plain, training)
+        for (plain, _, _), kind in zip(states, kinds, strict=True):
+            plain["training"] = training and bool(plain["_modules"])
+            if not _keeps_nothing(kind):
+                _forget(plain)
         torch.backends.mha.set_fastpath_enabled(False)
         torch._C._set_mkldnn_enabled(False)
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(register_module_forward_pre_hook(tracer.enter).remove)
-        stack.callback(register_module_forward_hook(tracer.leave).remove)
+        stack.enter_context(tracer.patches())
         stack.enter_context(tracer)
-        if isinstance(tracer, Labeller):
-            stack.enter_context(Flattening(tracer))
         yield
 
 
@@ -516,7 +526,7 @@ def mark_parameters(
                 first[axis] = ledger.count
                 fields.append(ledger.fresh_along(axis, tensor.shape))
         tensor._prune_marks = Marks(  # type: ignore[attr-defined]
-            tuple(fields), Kind.WEIGHT, isinstance(tensor, nn.Parameter)
+            tuple(fields), Kind.WEIGHT, type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter)
         )
         found[name] = (tensor, first)
     for name, module in modules:

@@ -62,7 +62,8 @@ def edits(
     sizes = {name: _sizes(module, twins[name]) for name, module in modules}
     splits = _splits(traces, units, keep)
     for name, pairs in splits:
-        sizes.setdefault(name, []).extend([*pairs, (sum(old for old, _ in pairs), sum(new for _, new in pairs))])
+        sizes[name].extend([*pairs, (sum(old for old, _ in pairs), sum(new for _, new in pairs))])
+    inside = Inside(sizes)
     changed = frozenset(old for pairs in sizes.values() for old, new in pairs if old != new)
     cuts = _cut_sizes(traces, units, keep)
     pads = _pads(traces, units, keep)
@@ -72,7 +73,7 @@ def edits(
         if name in shapes and hasattr(module, "normalized_shape"):
             changes["normalized_shape"] = shapes[name]
         if not (changes and type(module).__module__.startswith("torch.nn.modules")):
-            others = _others(module, name, sizes, changed, cuts.get(name, ()), guesses.get(name, 0))
+            others = _others(module, name, inside, changed, cuts.get(name, ()), guesses.get(name, 0))
             changes |= {k: v for k, v in others.items() if k not in changes}
         changes |= _part_sizes(module, [pairs for layer, pairs in splits if layer == name])
         if name in pads:
@@ -94,16 +95,16 @@ def _plain(value: Any) -> Any:
 
 def apply(model: nn.Module, found: Edits) -> None:
     """Sets the attributes; sequences keep their type."""
-    modules = dict(walk(model)) if found else {}
     for name, changes in found.items():
-        plain = modules[name].__dict__
+        module = model.get_submodule(name)
+        plain = module.__dict__
         for key, value in changes.items():
-            old = getattr(modules[name], key)
+            old = getattr(module, key)
             value = type(old)(value) if isinstance(old, (tuple, list)) else value
             if key in plain:
                 plain[key] = value
             else:  # a property
-                setattr(modules[name], key, value)
+                setattr(module, key, value)
 
 
 def _layer(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
@@ -155,19 +156,28 @@ def _sizes(dense: nn.Module, small: nn.Module) -> list[tuple[int, int]]:
     ]
 
 
-def _below(sizes: Sizes, name: str, values: Iterable[Any]) -> Iterator[tuple[int, int]]:
-    """Sizes in a module and those inside it, of the values that are asked for."""
-    wanted = {item for value in values for item in ((value,) if isinstance(value, int) else value)}
-    prefix = f"{name}." if name else ""
-    for other, pairs in sizes.items():
-        if other == name or other.startswith(prefix):
-            for pair in pairs:
+class Inside:
+    """Sizes by module in the order of ``walk``: what is inside a module follows it."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes, self.names = sizes, list(sizes)
+        self.place = {name: index for index, name in enumerate(self.names)}
+
+    def below(self, name: str, values: Iterable[Any]) -> Iterator[tuple[int, int]]:
+        """Sizes in a module and those inside it, of the values that are asked for."""
+        wanted = {item for value in values for item in ((value,) if isinstance(value, int) else value)}
+        prefix = f"{name}." if name else ""
+        for index in range(self.place[name], len(self.names)):
+            other = self.names[index]
+            if other != name and not other.startswith(prefix):
+                return
+            for pair in self.sizes[other]:
                 if pair[0] in wanted:
                     yield pair
 
 
 def _others(
-    dense: nn.Module, name: str, sizes: Sizes, changed: frozenset[int], cuts: Any, guess: int
+    dense: nn.Module, name: str, inside: Inside, changed: frozenset[int], cuts: Any, guess: int
 ) -> dict[str, Any]:
     if guess > 1:
         return {}
@@ -194,10 +204,10 @@ def _others(
             if found or "head" in key:
                 continue
         if near is None:
-            near = _table(iter(sizes.get(name, [])), guess)
+            near = _table(iter(inside.sizes[name]), guess)
         items = [value] if isinstance(value, int) else list(value)
         if not wide and any(item not in near for item in items):
-            wide = _table(_below(sizes, name, numbers.values()), guess)
+            wide = _table(inside.below(name, numbers.values()), guess)
         items = [near.get(item, wide.get(item, item)) for item in items]
         changes[key] = items[0] if isinstance(value, int) else items
     return changes
