@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -138,6 +138,13 @@ def call_model(model: nn.Module, example: Example) -> Any:
     return model(example)
 
 
+def _batch_norm(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """``torch.batch_norm`` as one operator; otherwise every one of them makes an empty tensor first."""
+    if kwargs or len(args) != 9:
+        return original(*args, **kwargs)
+    return torch.native_batch_norm(*args[:8])[0]
+
+
 class Tracer(TorchDispatchMode):
     """Keeps the stack of modules and counts operators; ``visit`` sees each one with its output.
 
@@ -175,6 +182,7 @@ class Tracer(TorchDispatchMode):
 
         replaced = ExitStack()
         replaced.enter_context(patch.object(nn.Module, "__call__", called))
+        replaced.enter_context(patch.object(torch, "batch_norm", partial(_batch_norm, torch.batch_norm)))
         return replaced
 
     @property
