@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from prune_cli import trace as tracing
 from prune_cli.errors import SurgeryError
 from prune_cli.labels import Ledger, flat, marks_of
-from prune_cli.modules import named_tensors
+from prune_cli.modules import named_tensors, walk
 from prune_cli.plan import AxisOf, Family, Plan, Tally
-from prune_cli.trace import Example, Refused, Strictness, Trace
+from prune_cli.trace import Example, Modules, Refused, Strictness, Trace
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ LEVELLED = {
     "native_channel_shuffle": 1,
     "sum": 1,
     "linalg_vector_norm": 1,
+    "_softmax": 1,
+    "_safe_softmax": 1,
     "native_layer_norm": 1,
     "native_group_norm": 1,
 }
@@ -189,20 +191,21 @@ def _trial(plan: Plan) -> np.ndarray:
 
 def _label(model: nn.Module, example: Example, strictness: Strictness, refused: tuple[str, ...]) -> Plan:
     ledger = Ledger()
-    names = tracing.names_of(model)
+    modules = walk(model)
     traces: list[Trace] = []
+    parameters = tracing.mark_parameters(model, modules, ledger, strictness.tied)
     try:
-        parameters = tracing.mark_parameters(model, ledger, strictness.tied)
-        traces.append(_run(model, example, names, ledger, strictness, training=False))
-        if _untouched(parameters, ledger):
+        trace, used = _run(model, example, modules, ledger, strictness, training=False)
+        traces.append(trace)
+        if any(id(tensor) not in used for tensor, _ in parameters.values()):  # an auxiliary head, for example
             work = list(ledger.work)
             try:
-                traces.append(_run(model, example, names, ledger, strictness, training=True))
+                traces.append(_run(model, example, modules, ledger, strictness, training=True)[0])
             except SurgeryError:
                 log.debug("the model does not run in training mode on the example; auxiliary heads are not analysed")
             ledger.work = work
     finally:
-        tracing.unmark(model)
+        tracing.unmark(parameters)
     classes = ledger.solve()
     plan = _plan(model, example, parameters, ledger, classes, traces, refused)
     return replace(plan, strictness=strictness)
@@ -211,28 +214,19 @@ def _label(model: nn.Module, example: Example, strictness: Strictness, refused: 
 def _run(
     model: nn.Module,
     example: Example,
-    names: Mapping[int, str],
+    modules: Modules,
     ledger: Ledger,
     strictness: Strictness,
     *,
     training: bool,
-) -> Trace:
+) -> tuple[Trace, set[int]]:
+    """The trace, and the identities of the tensors that took part."""
     trace = Trace(training)
-    for output in tracing.execute(model, example, tracing.Labeller(names, ledger, trace, strictness), training):
+    labeller = tracing.Labeller(modules, ledger, trace, strictness)
+    for output in tracing.execute(model, example, labeller, training):
         for label in marks_of(output).fields:
             ledger.freeze(label)
-    return trace
-
-
-def _untouched(parameters: Mapping[str, tuple[Tensor, dict[int, int]]], ledger: Ledger) -> bool:
-    """Whether some parameter took no part in a product or sum: an auxiliary head, for example."""
-    arrays = [*ledger.producers, *ledger.consumers, *ledger.frozen, *(side for edge in ledger.edges for side in edge)]
-    seen = _touched([array.ravel() for array in arrays], ledger.count)
-    counts = np.concatenate([[0], np.cumsum(seen)])
-    return any(
-        first and not any(counts[start + tensor.shape[axis]] > counts[start] for axis, start in first.items())
-        for tensor, first in parameters.values()
-    )
+    return trace, labeller.used
 
 
 def _plan(
@@ -253,11 +247,13 @@ def _plan(
     units = number[classes]
     units[0] = 0
     size = int(live.sum()) + 1
+    known: dict[bytes, np.ndarray] = {}  # equal axes share one array
     axes: dict[str, dict[int, np.ndarray]] = {}
     roles: list[tuple[AxisOf, np.ndarray, str]] = []
     for name, (tensor, first) in parameters.items():
         for axis, start in first.items():
             ids = units[start : start + tensor.shape[axis]]
+            ids = known.setdefault(ids.tobytes(), ids)
             if ids.any():
                 axes.setdefault(name, {})[axis] = ids
                 role = "producers" if producing[start] else "consumers" if consuming[start] else "others"
@@ -309,10 +305,13 @@ def _families(roles: list[tuple[AxisOf, np.ndarray, str]], size: int) -> list[Fa
     rank = np.argsort(np.argsort(first))  # families in the order of their first unit
     family = np.concatenate([[-1], rank[group]]) if size > 1 else np.array([-1])
     along: list[dict[str, list[AxisOf]]] = [{"producers": [], "consumers": [], "others": []} for _ in first]
+    touched: dict[int, list[int]] = {}  # by identity: equal axes share one array
     for place, ids, role in roles:
-        seen = np.zeros(len(first) + 1, dtype=bool)
-        seen[family[ids]] = True  # the last entry is for fixed positions
-        for number in np.flatnonzero(seen[:-1]):
+        if id(ids) not in touched:
+            seen = np.zeros(len(first) + 1, dtype=bool)
+            seen[family[ids]] = True  # the last entry is for fixed positions
+            touched[id(ids)] = seen[:-1].nonzero()[0].tolist()
+        for number in touched[id(ids)]:
             along[number][role].append(place)
     order = np.argsort(family[1:], kind="stable") + 1
     parts = np.split(order, np.cumsum(np.bincount(family[1:], minlength=len(first)))[:-1]) if len(first) else []
@@ -336,13 +335,10 @@ def _renumber(
     number = np.zeros(len(order) + 1, dtype=np.int64)
     number[order] = np.arange(1, len(order) + 1)
     renamed = tuple(Family(f.name, number[f.units], f.producers, f.consumers, f.others) for f in families)
-    known: dict[bytes, np.ndarray] = {}  # equal axes share one array
-    axes = {name: {axis: _known(known, number[ids]) for axis, ids in value.items()} for name, value in axes.items()}
+    new = {id(ids): ids for value in axes.values() for ids in value.values()}  # equal axes share one array
+    new = {key: number[ids] for key, ids in new.items()}
+    axes = {name: {axis: new[id(ids)] for axis, ids in value.items()} for name, value in axes.items()}
     return number[units], renamed, axes, len(order) + 1
-
-
-def _known(known: dict[bytes, np.ndarray], ids: np.ndarray) -> np.ndarray:
-    return known.setdefault(ids.tobytes(), ids)
 
 
 def _share(
@@ -362,6 +358,7 @@ def _tally(
     units: np.ndarray,
 ) -> Tally:
     index: dict[bytes, int] = {}
+    same: dict[int, int] = {}  # by identity, for the axes of parameters, which share arrays
     arrays: list[np.ndarray] = []
 
     def number(ids: np.ndarray) -> int:
@@ -370,6 +367,11 @@ def _tally(
             index[key] = len(arrays)
             arrays.append(ids)
         return index[key]
+
+    def shared(ids: np.ndarray) -> int:
+        if id(ids) not in same:
+            same[id(ids)] = number(ids)
+        return same[id(ids)]
 
     def rows(items: list[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
         width = max((len(which) for _, which in items), default=1) or 1
@@ -385,7 +387,7 @@ def _tally(
             fixed = tensor.numel()
             for axis in mine:
                 fixed //= tensor.shape[axis]
-            params.append((fixed, [number(ids) for ids in mine.values()]))
+            params.append((fixed, [shared(ids) for ids in mine.values()]))
             layers.append(name.rpartition(".")[0])
     macs, mac_layers = [], []
     for work in ledger.work:

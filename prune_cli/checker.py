@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from prune_cli.labels import NOTHING, Kind, Marks, varied
 from prune_cli.operators.movement import padded
-from prune_cli.trace import FREE, LOCAL, Refused, Step, Trace, Tracer, scalar_of
+from prune_cli.trace import FREE, LOCAL, Modules, Refused, Step, Trace, Tracer, scalar_of
 
 
 class Checker(Tracer):
     """Executes the small network and compares every step with the dense one."""
 
-    def __init__(self, names: Mapping[int, str], trace: Trace, keep: Tensor):
-        super().__init__(names)
+    def __init__(self, modules: Modules, trace: Trace, keep: Tensor):
+        super().__init__(modules)
         self.trace, self.keep = trace, keep  # keep[variable + 1], ANY first
         self.sizes: dict[int, tuple[int, ...] | None] = {}  # by identity of a label, which the trace keeps alive
         self.scales: dict[str, float] = {}  # layer -> change of the numbers that it multiplies by

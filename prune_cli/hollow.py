@@ -74,9 +74,15 @@ def skipped(pages: Pages, name: str, mutable: bool, args: tuple[Any, ...]) -> An
     if mutable and len(args) == 1:
         return source
     shapes = [a.shape for a in args if isinstance(a, Tensor)]
-    if any(shape != source.shape for shape in shapes) and torch.broadcast_shapes(*shapes) != source.shape:
+    if any(shape != source.shape and not _spreads(shape, source.shape) for shape in shapes):
         return None
     return source if mutable else pages.zeros(source, source.shape)
+
+
+def _spreads(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a shape broadcasts to the target."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in pairs)
 
 
 def shaped(pages: Pages, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

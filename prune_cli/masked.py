@@ -7,7 +7,6 @@ counts the zeros. Here those operators see only the channels that are kept.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import Any
 
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from prune_cli import trace as tracing
 from prune_cli.channels import Plan
 from prune_cli.labels import flat, varied
-from prune_cli.surgery import Shrunk, structured_masks
-from prune_cli.trace import Example, Step, Trace, Tracer
+from prune_cli.modules import walk
+from prune_cli.surgery import Shrunk, duplicate, structured_masks
+from prune_cli.trace import Example, Modules, Step, Trace, Tracer
 
 
 class KeptNorms(Tracer):
@@ -27,8 +27,8 @@ class KeptNorms(Tracer):
 
     real = True
 
-    def __init__(self, names: dict[int, str], trace: Trace, keep: np.ndarray) -> None:
-        super().__init__(names)
+    def __init__(self, modules: Modules, trace: Trace, keep: np.ndarray) -> None:
+        super().__init__(modules)
         self.keep = keep  # keep[variable + 1]
         self.steps: dict[tuple[str, str, int], Step] = {}  # layer, operator, how many times before
         self.seen: Counter[tuple[str, str]] = Counter()
@@ -50,6 +50,8 @@ class KeptNorms(Tracer):
             step.source[1].fields,
             key=lambda f: max(varied(f), default=-1) if "layer" in name else 1 in varied(f),
         )
+        if "softmax" in name:
+            return self._softmax(func, args, kwargs, step)
         if name == "native_group_norm":
             return self._group_norm(func, args, label)
         if name in ("native_layer_norm", "_fused_rms_norm"):
@@ -58,6 +60,15 @@ class KeptNorms(Tracer):
             axis = varied(label)[0]
             return func(args[0].index_select(axis, self._kept(label)), *args[1:], **kwargs)
         return super().run(name, func, args, kwargs)
+
+    def _softmax(self, func: Any, args: tuple, kwargs: dict, step: Step) -> Any:
+        axis = args[1] % args[0].dim()
+        for label in step.source[1].fields if step.source else ():
+            if varied(label) == (axis,):
+                kept = self._kept(label)
+                out = torch.zeros_like(args[0])
+                return out.index_copy_(axis, kept, func(args[0].index_select(axis, kept), *args[1:], **kwargs))
+        return func(*args, **kwargs)
 
     @staticmethod
     def _dims(args: tuple, rank: int) -> set[int]:
@@ -104,13 +115,13 @@ def forward(model: nn.Module, plan: Plan, keep: np.ndarray, example: Example) ->
     present = keep.copy()
     present[0] = True
     of_variable = np.concatenate([[True], present[plan.variables]])
-    masked = copy.deepcopy(model)
+    masked = duplicate(model)
     named = dict(masked.named_parameters())
     with torch.no_grad():
         for name, mask in structured_masks(model, plan, keep).items():
             if name in named:
                 named[name].mul_(mask)
-    tracer = KeptNorms(tracing.names_of(masked), plan.traces[0], of_variable)
+    tracer = KeptNorms(walk(masked), plan.traces[0], of_variable)
     return tracing.execute(masked, example, tracer, training=False)
 
 
@@ -128,7 +139,7 @@ def difference(model: nn.Module, shrunk: Shrunk, example: Example) -> float:
     class Plain(Tracer):
         real = True
 
-    got = tracing.execute(shrunk.model, example, Plain({}), training=False)
+    got = tracing.execute(shrunk.model, example, Plain(walk(shrunk.model)), training=False)
     worst = 0.0
     for a, b in zip(want, got, strict=True):
         if a.is_floating_point() and a.numel():

@@ -201,6 +201,12 @@ def _copy(
         raise SurgeryError(f"the model can't be copied ({error}); remove what copy.deepcopy refuses") from error
 
 
+def duplicate(model: nn.Module) -> nn.Module:
+    """``copy.deepcopy`` of a network, also where that refuses computed tensors (old-style weight_norm)."""
+    with torch.no_grad():
+        return _copy(model, _slice, {})
+
+
 def _clone(module: nn.Module, memo: dict[int, Any], ordinary: dict[type, bool]) -> Any:
     """``copy.deepcopy`` with a short way for the plain state of ordinary modules."""
     if id(module) in memo:
@@ -235,6 +241,8 @@ def _clone(module: nn.Module, memo: dict[int, Any], ordinary: dict[type, bool]) 
             state[key] = value
         elif key == "_reversed_padding_repeated_twice" and sort is list:
             state[key] = list(value)
+        elif trace.is_cache(key, value):
+            state[key] = trace.emptied(value)
         elif key != "_compiled_call_impl":  # as in Module.__getstate__
             _detach(value, memo)
             state[key] = copy.deepcopy(value, memo)
@@ -301,10 +309,10 @@ def check(small: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str, float]:
     present = keep.copy()
     present[0] = True
     of_variable = torch.from_numpy(np.concatenate([[True], present[plan.variables]]))
-    names = trace.names_of(small)
+    modules = walk(small)
     scales: dict[str, float] = {}
     for number, dense in enumerate(plan.traces):
-        checker = Checker(names, dense, of_variable)
+        checker = Checker(modules, dense, of_variable)
         try:
             trace.execute(small, plan.example, checker, dense.training)
         except trace.Refused as error:
@@ -351,7 +359,7 @@ def shrink(model: nn.Module, plan: Plan, keep: np.ndarray, optimizer: torch.opti
     scales = _scales(model, small, changes)
     _rescale(small, scales)
     for name, parameter in named_tensors(model, again=False).items():
-        if isinstance(parameter, nn.Parameter) and parameter.grad is not None:
+        if parameter.is_leaf and parameter.grad is not None and isinstance(parameter, nn.Parameter):
             small.get_parameter(name).grad = _slice(parameter.grad, kept.get(name, {}))
     if optimizer is not None:
         _repoint(optimizer, model, small, kept)

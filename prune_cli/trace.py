@@ -7,26 +7,25 @@ execution costs much less than a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prune_cli.errors import SurgeryError
 from prune_cli.hollow import HEAVY, LIGHT, SHAPED, VIEWS, Pages, product, shaped, skipped
-from prune_cli.labels import NOTHING, Kind, Ledger, Marks, marks_of, varied
-from prune_cli.modules import named_tensors, walk
-from prune_cli.operators.call import Call, Result, Unsupported, tensors
+from prune_cli.labels import NOTHING, Kind, Ledger, Marks, marks_of, varied, vector
+from prune_cli.modules import named_tensors
+from prune_cli.operators.call import Call, Result, Unsupported, axis_of, tensors
 from prune_cli.operators.mixing import per_channel, pointwise
 from prune_cli.operators.table import factory, frozen, rule
 
@@ -41,10 +40,11 @@ TIED_ATTENTION = {
     "RelativePositionalMultiHeadAttention": "to_qkv.weight",
 }
 Example = Any  # a tensor, a tuple of positional arguments or a dict of keyword arguments
+Modules = Sequence[tuple[str, nn.Module]]  # dotted names and modules, from walk
+Parameters = dict[str, tuple[Tensor, dict[int, int]]]  # name -> tensor and, per axis, its first variable
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One executed operator: what the small network is compared with."""
 
     name: str
@@ -75,6 +75,7 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     widths: list[tuple[str, tuple[int, ...], Tensor]] = field(default_factory=list)
+    splits: list[tuple[str, tuple[Tensor, ...]]] = field(default_factory=list)  # layer, labels of the parts of an axis
     pads: list[tuple[str, Tensor]] = field(default_factory=list)  # layer, labels of the channels of zeros it puts first
     unknown: dict[str, str] = field(default_factory=dict)
     literal: bool = False  # whether some operator took a size that the code may spell out
@@ -111,7 +112,9 @@ FOLLOWING = {
     "permute", "transpose", "t", "unsqueeze", "squeeze", "clone", "contiguous", "_to_copy", "alias", "detach", "dropout",
     "cat", "mean", "sum", "native_batch_norm", "prelu", "mm", "addmm",
 }  # fmt: skip
-NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "mean", "var", "var_mean"}
+NORMS = {
+    "native_layer_norm", "native_group_norm", "_fused_rms_norm", "mean", "var", "var_mean", "_softmax", "_safe_softmax",
+}  # fmt: skip
 FREE = -1  # the size of an expanded axis, which may follow its neighbours
 
 
@@ -135,14 +138,26 @@ def call_model(model: nn.Module, example: Example) -> Any:
     return model(example)
 
 
+def _batch_norm(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """``torch.batch_norm`` as one operator; otherwise every one of them makes an empty tensor first."""
+    if kwargs or len(args) != 9:
+        return original(*args, **kwargs)
+    return torch.native_batch_norm(*args[:8])[0]
+
+
 class Tracer(TorchDispatchMode):
-    """Keeps the stack of modules and counts operators; ``visit`` sees each one with its output."""
+    """Keeps the stack of modules and counts operators; ``visit`` sees each one with its output.
+
+    Args:
+        modules: The modules of the network that will run, from ``walk``.
+    """
 
     real = False  # whether products are computed
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, modules: Modules) -> None:
         super().__init__()
-        self.names = names
+        self.modules = modules
+        self.names = {id(module): name for name, module in modules}
         self.stack: list[tuple[str, nn.Module | None]] = [("", None)]
         self.ordinal = -1
         self.current = ""
@@ -154,13 +169,21 @@ class Tracer(TorchDispatchMode):
         """No guard against torch.compile around every operator: nothing is compiled here."""
         return False
 
-    def enter(self, module: nn.Module, args: Any) -> None:
-        """Called before a module runs."""
-        self.stack.append((self.names.get(id(module), self.stack[-1][0]), module))
+    def patches(self) -> ExitStack:
+        """What is replaced in torch while the model runs."""
+        stack, call = self.stack, nn.Module.__call__
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Called after a module ran."""
-        self.stack.pop()
+        def called(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            stack.append((self.names.get(id(module), stack[-1][0]), module))
+            try:
+                return call(module, *args, **kwargs)
+            finally:
+                stack.pop()
+
+        replaced = ExitStack()
+        replaced.enter_context(patch.object(nn.Module, "__call__", called))
+        replaced.enter_context(patch.object(torch, "batch_norm", partial(_batch_norm, torch.batch_norm)))
+        return replaced
 
     @property
     def layer(self) -> str:
@@ -203,23 +226,6 @@ class Tracer(TorchDispatchMode):
         """Sees an executed operator."""
 
 
-class Flattening(TorchFunctionMode):
-    """Tells a labeller which views come from ``flatten``, whose sizes are never spelt out."""
-
-    def __init__(self, labeller: Labeller) -> None:
-        super().__init__()
-        self.labeller = labeller
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.flatten or func is Tensor.flatten:
-            self.labeller.flattening = True
-            try:
-                return func(*args, **(kwargs or {}))
-            finally:
-                self.labeller.flattening = False
-        return func(*args, **kwargs) if kwargs else func(*args)
-
-
 def _zeros_first(pads: Sequence[int], fields: Sequence[Tensor]) -> Iterator[Tensor]:
     """The labels of the positions that a padding puts before an axis of channels."""
     for label in fields:
@@ -232,33 +238,50 @@ def _zeros_first(pads: Sequence[int], fields: Sequence[Tensor]) -> Iterator[Tens
 class Labeller(Tracer):
     """Executes the dense network on labels."""
 
-    def __init__(self, names: Mapping[int, str], ledger: Ledger, trace: Trace, strictness: Strictness):
-        super().__init__(names)
+    def __init__(self, modules: Modules, ledger: Ledger, trace: Trace, strictness: Strictness):
+        super().__init__(modules)
         self.ledger, self.trace = ledger, trace
         self.levels, self.tied = strictness.levels, strictness.tied
-        self.flattening = False
+        self.flattening = False  # inside a flatten, whose sizes are never spelt out
         self.codes: dict[int, tuple[str, str | None, bool]] = {}
+        self.used: set[int] = set()  # identities of the tensors that took part
+
+    def patches(self) -> ExitStack:
+        def marked(flatten: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def flattened(*args: Any, **kwargs: Any) -> Tensor:
+                self.flattening = True
+                try:
+                    return flatten(*args, **kwargs)
+                finally:
+                    self.flattening = False
+
+            return flattened
+
+        replaced = super().patches()
+        for owner in (torch, Tensor):
+            replaced.enter_context(patch.object(owner, "flatten", marked(owner.flatten)))
+        return replaced
 
     def about(self, module: nn.Module | None) -> tuple[str, str | None, bool]:
         """A module's code, what its head axes mean and whether it normalises."""
-        found = self.codes.get(id(module))
-        if found is None:
-            heads = None
-            if has_heads(module):
-                tied = code_of(module) in self.tied or type(module).__name__ in TIED_ATTENTION
-                heads = "dims" if tied else "heads"
-            norm = module is not None and "norm" in type(module).__name__.lower()
-            found = self.codes[id(module)] = code_of(module), heads, norm
+        heads = None
+        if has_heads(module):
+            tied = code_of(module) in self.tied or type(module).__name__ in TIED_ATTENTION
+            heads = "dims" if tied else "heads"
+        norm = module is not None and "norm" in type(module).__name__.lower()
+        found = self.codes[id(module)] = code_of(module), heads, norm
         return found
 
     def visit(self, name: str, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         layer, module = self.stack[-1]
-        code, heads, norm = self.about(module)
+        code, heads, norm = self.codes.get(id(module)) or self.about(module)
         level = self.levels.get((self.trace.training, self.ordinal), 0) if self.levels else 0
-        call = Call(name, func, args, kwargs, out, self.ledger, level, heads, norm, layer)
+        inputs = tensors(args, kwargs)
+        call = Call(name, func, args, kwargs, out, self.ledger, inputs, level, heads, norm, layer)
         found = rule(name, func)
         mark = found or frozen
-        labelled = any(marks_of(t).fields for t in tensors(args, kwargs))
+        labelled = any(marks_of(t).fields for t in inputs)
+        self.used.update(map(id, inputs))
         if not self.trace.literal and not self._follows(call, found, labelled, module):
             self.trace.literal = True
         local = labelled and (name in LOCAL or name in NORMS)
@@ -299,9 +322,12 @@ class Labeller(Tracer):
             if isinstance(tensor, Tensor):
                 mark = self._checked(tensor, mark)
                 tensor._prune_marks = mark  # type: ignore[attr-defined]
-                free = {a for a, stride in enumerate(tensor.stride()) if not stride and tensor.shape[a] > 1}
-                free -= {a for label in mark.fields for a in varied(label)}
-                seen.append((tuple(FREE if a in free else n for a, n in enumerate(tensor.shape)), mark))
+                shape = tuple(tensor.shape)
+                if 0 in tensor.stride():
+                    free = {a for a, stride in enumerate(tensor.stride()) if not stride and shape[a] > 1}
+                    free -= {a for label in mark.fields for a in varied(label)}
+                    shape = tuple(FREE if a in free else n for a, n in enumerate(shape))
+                seen.append((shape, mark))
         self.trace.steps.append(
             Step(
                 call.name,
@@ -316,6 +342,11 @@ class Labeller(Tracer):
         )
         if call.heads and call.cut and seen and seen[0][1].fields:
             self.trace.cuts.append(Cut(call.layer, tuple(call.out.shape), seen[0][1].fields[0]))
+        if "split" in call.name and len(seen) > 1 and seen[0][1].fields:
+            axis = axis_of(call.arg(2, "dim", 0), call.args[0].dim())
+            parts = [[f for f in mark.fields if varied(f) == (axis,)] for _, mark in seen]
+            if all(parts):
+                self.trace.splits.append((call.layer, tuple(vector(found[0], axis) for found in parts)))
         if call.name == "constant_pad_nd" and seen and seen[0][1].fields:
             self.trace.pads.extend((call.layer, line) for line in _zeros_first(call.args[1], seen[0][1].fields))
         if call.name in ("native_layer_norm", "_fused_rms_norm"):
@@ -360,9 +391,13 @@ def has_heads(module: nn.Module | None) -> bool:
         return False
     plain = module.__dict__
     places = (plain, plain["_modules"], plain["_parameters"], plain["_buffers"])
-    return any(name in place for place in places for name in HEAD_COUNTS) or any(
-        hasattr(type(module), name) for name in HEAD_COUNTS
-    )
+    kind: type = type(module)
+    return _class_has_heads(kind) or not all(place.keys().isdisjoint(HEAD_COUNTS) for place in places)
+
+
+@lru_cache(maxsize=4096)
+def _class_has_heads(kind: type) -> bool:
+    return any(hasattr(kind, name) for name in HEAD_COUNTS)
 
 
 def query_projection(module: nn.Module) -> str | None:
@@ -387,34 +422,61 @@ class Refused(Exception):
         self.trace = 0  # which of the plan's traces
 
 
-def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.__dict__["training"] = training
+def _restore(states: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
+    for plain, state, buffers in states:
+        plain.clear()
+        plain.update(state)
+        if buffers:
+            plain["_buffers"].update(buffers)
+
+
+@lru_cache(maxsize=4096)
+def _keeps_nothing(kind: type) -> bool:
+    """Layers of torch store nothing while they run."""
+    return kind.__module__.startswith("torch.nn.modules.")
+
+
+def _forget(plain: dict[str, Any]) -> None:
+    """Gives a module dictionaries of its own to write to; what it caches it computes again."""
+    for key, value in plain.items():  # keys stay, so this is safe
+        if is_cache(key, value):
+            plain[key] = emptied(value)
+        elif type(value) is dict and key[0] != "_":
+            plain[key] = value.copy()
+
+
+def is_cache(key: str, value: Any) -> bool:
+    """Whether an attribute holds tensors that the module computes again where they are missing."""
+    return "cache" in key and (value is None or type(value) is dict or isinstance(value, Tensor))
+
+
+def emptied(cache: Any) -> Any:
+    """What a cache holds before the first run."""
+    return {} if isinstance(cache, dict) else None
 
 
 @contextmanager
-def _quiet(model: nn.Module, tracer: Tracer, training: bool) -> Iterator[None]:
-    """Fused kernels off, modes as asked, hooks of the tracer on; everything restored afterwards."""
-    modes = [(module, module.training) for _, module in walk(model)]
+def _quiet(tracer: Tracer, training: bool) -> Iterator[None]:
+    """Fused kernels off, modes as asked, patches of the tracer on; everything restored afterwards."""
+    states = [(m.__dict__, m.__dict__.copy(), m.__dict__["_buffers"].copy()) for _, m in tracer.modules]
+    kinds: list[type] = [type(m) for _, m in tracer.modules]
     fast, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     with ExitStack() as stack:
-        stack.callback(_restore, modes)
+        stack.callback(_restore, states)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         stack.callback(torch._C._set_mkldnn_enabled, mkldnn)
         state = torch.get_rng_state()
         stack.callback(torch.set_rng_state, state)
-        for module, _ in modes:
-            plain = module.__dict__
+        for (plain, _, _), kind in zip(states, kinds, strict=True):
             plain["training"] = training and bool(plain["_modules"])
+            if not _keeps_nothing(kind):
+                _forget(plain)
         torch.backends.mha.set_fastpath_enabled(False)
         torch._C._set_mkldnn_enabled(False)
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(register_module_forward_pre_hook(tracer.enter).remove)
-        stack.callback(register_module_forward_hook(tracer.leave).remove)
+        stack.enter_context(tracer.patches())
         stack.enter_context(tracer)
-        if isinstance(tracer, Labeller):
-            stack.enter_context(Flattening(tracer))
         yield
 
 
@@ -434,7 +496,7 @@ def execute(model: nn.Module, example: Example, tracer: Tracer, training: bool) 
         SurgeryError: The model does not run on the example.
         Refused: The small network did not follow.
     """
-    with _quiet(model, tracer, training):
+    with _quiet(tracer, training):
         try:
             return [t for t in tree_leaves(_plain(call_model(model, example))) if isinstance(t, Tensor)]
         except Refused:
@@ -453,27 +515,29 @@ def _plain(output: Any) -> Any:
 
 
 def mark_parameters(
-    model: nn.Module, ledger: Ledger, tied: frozenset[str] = frozenset()
-) -> dict[str, tuple[Tensor, dict[int, int]]]:
+    model: nn.Module, modules: Modules, ledger: Ledger, tied: frozenset[str] = frozenset()
+) -> Parameters:
     """Gives every axis of every floating-point parameter and buffer its own variables.
 
     Returns:
         Per distinct parameter or buffer name: the tensor and, per axis, its first variable.
     """
-    found: dict[str, tuple[Tensor, dict[int, int]]] = {}
+    found: Parameters = {}
+    kernels = {id(module._parameters.get("weight")) for _, module in modules if isinstance(module, _ConvNd)}
     for name, tensor in named_tensors(model, again=False).items():
         if not tensor.is_floating_point():
             continue
         first, fields = {}, []
-        for axis, size in enumerate(tensor.shape):
+        axes = 2 if id(tensor) in kernels else tensor.dim()  # what is left of a kernel keeps its size
+        for axis, size in enumerate(tensor.shape[:axes]):
             if size > 1:
                 first[axis] = ledger.count
                 fields.append(ledger.fresh_along(axis, tensor.shape))
         tensor._prune_marks = Marks(  # type: ignore[attr-defined]
-            tuple(fields), Kind.WEIGHT, isinstance(tensor, nn.Parameter)
+            tuple(fields), Kind.WEIGHT, type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter)
         )
         found[name] = (tensor, first)
-    for name, module in walk(model):
+    for name, module in modules:
         projection = TIED_ATTENTION.get(type(module).__name__)
         if projection is None and code_of(module) in tied:
             projection = query_projection(module)
@@ -486,12 +550,7 @@ def mark_parameters(
     return found
 
 
-def unmark(model: nn.Module) -> None:
+def unmark(parameters: Parameters) -> None:
     """Removes the marks from parameters and buffers."""
-    for tensor in named_tensors(model, again=False).values():
+    for tensor, _ in parameters.values():
         tensor.__dict__.pop("_prune_marks", None)
-
-
-def names_of(model: nn.Module) -> dict[int, str]:
-    """Dotted names of modules by identity."""
-    return {id(module): name for name, module in walk(model)}

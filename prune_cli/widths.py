@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_cli.labels import varied
-from prune_cli.modules import named_tensors, walk
+from prune_cli.modules import walk
 from prune_cli.trace import HEAD_COUNTS, Trace
 
 Edits = dict[str, dict[str, Any]]
@@ -58,19 +58,24 @@ def edits(
         Module name -> attribute -> new value; ints and lists of ints.
     """
     found: Edits = {}
-    modules = dict(walk(small))
-    sizes = _sizes(dense, small)
+    modules, twins = walk(dense), dict(walk(small))
+    sizes = {name: _sizes(module, twins[name]) for name, module in modules}
+    splits = _splits(traces, units, keep)
+    for name, pairs in splits:
+        sizes[name].extend([*pairs, (sum(old for old, _ in pairs), sum(new for _, new in pairs))])
+    inside = Inside(sizes)
     changed = frozenset(old for pairs in sizes.values() for old, new in pairs if old != new)
     cuts = _cut_sizes(traces, units, keep)
     pads = _pads(traces, units, keep)
     shapes = _norm_shapes(traces, units, keep)
-    for name, module in walk(dense):
-        changes = _layer(module, modules[name])
+    for name, module in modules:
+        changes = _layer(module, twins[name])
         if name in shapes and hasattr(module, "normalized_shape"):
             changes["normalized_shape"] = shapes[name]
         if not (changes and type(module).__module__.startswith("torch.nn.modules")):
-            others = _others(module, name, sizes, changed, cuts.get(name, ()), guesses.get(name, 0))
+            others = _others(module, name, inside, changed, cuts.get(name, ()), guesses.get(name, 0))
             changes |= {k: v for k, v in others.items() if k not in changes}
+        changes |= _part_sizes(module, [pairs for layer, pairs in splits if layer == name])
         if name in pads:
             old, new = pads[name]
             changes |= {k: new for k, v in vars(module).items() if PAD.search(k) and type(v) is int and v == old}
@@ -90,16 +95,16 @@ def _plain(value: Any) -> Any:
 
 def apply(model: nn.Module, found: Edits) -> None:
     """Sets the attributes; sequences keep their type."""
-    modules = dict(walk(model)) if found else {}
     for name, changes in found.items():
-        plain = modules[name].__dict__
+        module = model.get_submodule(name)
+        plain = module.__dict__
         for key, value in changes.items():
-            old = getattr(modules[name], key)
+            old = getattr(module, key)
             value = type(old)(value) if isinstance(old, (tuple, list)) else value
             if key in plain:
                 plain[key] = value
             else:  # a property
-                setattr(modules[name], key, value)
+                setattr(module, key, value)
 
 
 def _layer(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
@@ -137,31 +142,42 @@ def _groups(dense: nn.GroupNorm, new: Tensor) -> int:
     return new.shape[0] if dense.num_groups == dense.num_channels else dense.num_groups
 
 
-Sizes = dict[str, list[tuple[int, int]]]
+Sizes = dict[str, list[tuple[int, int]]]  # module name -> (old, new) size of its own axes
 
 
-def _sizes(dense: nn.Module, small: nn.Module) -> Sizes:
-    """Module name -> (old, new) size of every axis of its own parameters and buffers."""
-    found: Sizes = {}
-    named = named_tensors(dense, again=False).items()
-    for (name, old), new in zip(named, named_tensors(small, again=False).values(), strict=True):
-        found.setdefault(name.rpartition(".")[0], []).extend(zip(old.shape, new.shape, strict=True))
-    return found
+def _sizes(dense: nn.Module, small: nn.Module) -> list[tuple[int, int]]:
+    """(old, new) size of every axis of a module's own parameters and buffers."""
+    return [
+        pair
+        for kind in ("_parameters", "_buffers")
+        for key, tensor in dense.__dict__[kind].items()
+        if tensor is not None
+        for pair in zip(tensor.shape, small.__dict__[kind][key].shape, strict=True)
+    ]
 
 
-def _below(sizes: Sizes, name: str, values: Iterable[Any]) -> Iterator[tuple[int, int]]:
-    """Sizes in a module and those inside it, of the values that are asked for."""
-    wanted = {item for value in values for item in ((value,) if isinstance(value, int) else value)}
-    prefix = f"{name}." if name else ""
-    for other, pairs in sizes.items():
-        if other == name or other.startswith(prefix):
-            for pair in pairs:
+class Inside:
+    """Sizes by module in the order of ``walk``: what is inside a module follows it."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes, self.names = sizes, list(sizes)
+        self.place = {name: index for index, name in enumerate(self.names)}
+
+    def below(self, name: str, values: Iterable[Any]) -> Iterator[tuple[int, int]]:
+        """Sizes in a module and those inside it, of the values that are asked for."""
+        wanted = {item for value in values for item in ((value,) if isinstance(value, int) else value)}
+        prefix = f"{name}." if name else ""
+        for index in range(self.place[name], len(self.names)):
+            other = self.names[index]
+            if other != name and not other.startswith(prefix):
+                return
+            for pair in self.sizes[other]:
                 if pair[0] in wanted:
                     yield pair
 
 
 def _others(
-    dense: nn.Module, name: str, sizes: Sizes, changed: frozenset[int], cuts: Any, guess: int
+    dense: nn.Module, name: str, inside: Inside, changed: frozenset[int], cuts: Any, guess: int
 ) -> dict[str, Any]:
     if guess > 1:
         return {}
@@ -188,10 +204,10 @@ def _others(
             if found or "head" in key:
                 continue
         if near is None:
-            near = _table(iter(sizes.get(name, [])), guess)
+            near = _table(iter(inside.sizes[name]), guess)
         items = [value] if isinstance(value, int) else list(value)
         if not wide and any(item not in near for item in items):
-            wide = _table(_below(sizes, name, numbers.values()), guess)
+            wide = _table(inside.below(name, numbers.values()), guess)
         items = [near.get(item, wide.get(item, item)) for item in items]
         changes[key] = items[0] if isinstance(value, int) else items
     return changes
@@ -261,6 +277,29 @@ def _cut_sizes(
                 if new != cut.sizes[axis] or (role, cut.sizes[axis]) not in found.get(cut.layer, {}):
                     found.setdefault(cut.layer, {})[role, cut.sizes[axis]] = new
     return {layer: tuple(sizes.items()) for layer, sizes in found.items()}
+
+
+def _splits(
+    traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray
+) -> list[tuple[str, tuple[tuple[int, int], ...]]]:
+    """Modules that split an axis of channels, with the (old, new) size of every part."""
+    return [
+        (layer, tuple((len(part), int(_keep(part, units, keep).sum())) for part in parts))
+        for trace in traces
+        for layer, parts in trace.splits
+    ]
+
+
+def _part_sizes(module: nn.Module, splits: list[tuple[tuple[int, int], ...]]) -> dict[str, list[int]]:
+    """Attributes that list the sizes of the parts of a split."""
+    return {
+        key: [new for _, new in pairs]
+        for pairs in splits
+        for key, value in vars(module).items()
+        if isinstance(value, (list, tuple))
+        and all(type(item) is int for item in value)
+        and list(value) == [old for old, _ in pairs]
+    }
 
 
 def _norm_shapes(traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray) -> dict[str, list[int]]:

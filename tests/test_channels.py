@@ -131,6 +131,50 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
 
 
+class CrossCovariance(nn.Module):
+    """Attention of channels to channels: the softmax runs over channels."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 4, 1).unbind(0)
+        attention = (q @ k.transpose(-1, -2)).softmax(-1)
+        return self.proj((attention @ v).permute(0, 3, 1, 2).reshape(b, n, c))
+
+
+class Biased(nn.Module):
+    """Keeps what it computed from a parameter in a cache, as LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.bias = nn.Linear(3, 8), nn.Linear(8, 4), nn.Parameter(torch.rand(8))
+        self.bias_cache: dict[str, Tensor] = {}
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "cpu" not in self.bias_cache:
+            self.bias_cache["cpu"] = self.bias * 2
+        self.last = self.a(x) + self.bias_cache["cpu"]
+        return self.b(F.relu(self.last))
+
+
+class Parts(nn.Module):
+    """Splits by sizes that it stores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = (10, 6, 4)
+        self.a, self.b, self.c = conv(3, 20), conv(6, 10), conv(14, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = torch.split(self.a(x), self.parts, 1)
+        return self.c(torch.cat([first + self.b(second), third], 1))
+
+
 def gates(m: Any, x: Tensor) -> Tensor:
     x = m.a(x)
     return m.b(x * torch.sigmoid(m.up(F.relu(m.down(x.mean((2, 3), keepdim=True))))))
@@ -208,6 +252,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, float]] = {
     "multihead attention": (lambda: Body(lambda m, x: m.b(m.att(*[m.a(x)] * 3, need_weights=False)[0] + m.a(x)), a=nn.Linear(3, 8),
                                          att=nn.MultiheadAttention(8, 2, batch_first=True), b=nn.Linear(8, 4)), (2, 5, 3), 0.4),
     "heads": (lambda: nn.Sequential(nn.Linear(3, 16), Attention(16, 4), nn.LayerNorm(16), nn.Linear(16, 4)), (2, 5, 3), 0.4),
+    "channel attention": (lambda: nn.Sequential(nn.Linear(3, 16), CrossCovariance(16, 4), nn.Linear(16, 4)), (2, 5, 3), 0.4),
+    "softmax over channels": (lambda: Body(lambda m, x: m.b(m.a(x) * m.a(x).softmax(1)), a=conv(3, 8), b=conv(8, 4)),
+                              (1, 3, 4, 4), 0.55),
     "einsum": (lambda: Body(lambda m, x: m.b(torch.einsum("bnc,dc->bnd", m.a(x), m.w.weight)), a=nn.Linear(3, 8), w=nn.Linear(8, 6),
                             b=nn.Linear(6, 4)), (2, 5, 3), 0.75),
     "mean over channels": (lambda: Body(lambda m, x: m.b(m.a(x) * torch.sigmoid(m.a(x).mean(1, keepdim=True))), a=conv(3, 8),
@@ -262,11 +309,34 @@ def test_auxiliary_heads_that_run_only_in_training_follow() -> None:
 
 def test_unknown_operator_keeps_its_channels_and_is_named() -> None:
     model = Body(
-        lambda m, x: m.c(torch.linalg.qr(m.b(m.a(x)))[0]), a=nn.Linear(3, 8), b=nn.Linear(8, 6), c=nn.Linear(6, 4)
+        lambda m, x: m.c(torch.linalg.qr(m.b(m.a(x)))[0]), a=nn.Linear(6, 12), b=nn.Linear(12, 6), c=nn.Linear(6, 4)
     )
-    shrunk = halve(randomise(model), example(7, 3))
-    assert shrunk.model.a.out_features == 4 and shrunk.model.b.out_features == 6
+    shrunk = halve(randomise(model), example(7, 6))  # of full rank, or rounding would choose the basis
+    assert shrunk.model.a.out_features == 6 and shrunk.model.b.out_features == 6
     assert any("qr" in warning for warning in shrunk.plan.warnings)
+
+
+def test_sizes_of_a_split_that_a_module_stores_follow() -> None:
+    shrunk = halve(randomise(Parts()), example(1, 3, 4, 4))
+    assert not shrunk.plan.warnings and shrunk.model.a.out_channels == sum(shrunk.model.parts) <= 11
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_caches_are_computed_again(ran: bool) -> None:
+    model, inputs = randomise(Biased()), example(2, 3)
+    if ran:
+        model(inputs)
+    before = dict(vars(model))
+    shrunk = halve(model, inputs)
+    assert shrunk.model.a.out_features == 4 and shrunk.model.bias.shape == (4,)
+    assert all(vars(model)[key] is value for key, value in before.items())
+    assert bool(model.bias_cache) == ran
+
+
+def test_analysis_leaves_what_a_module_remembers() -> None:
+    model, inputs = randomise(Biased()), example(2, 3)
+    analyse(model, inputs)
+    assert model.last is None and not model.bias_cache
 
 
 def test_literal_sizes_keep_only_what_they_touch() -> None:

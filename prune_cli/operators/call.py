@@ -33,6 +33,7 @@ class Call:
 
     Attributes:
         name: Operator name without overload, a trailing underscore of in-place relatives removed.
+        inputs: The tensors among the arguments, lists opened.
         level: How often the check after surgery has refused this operator.
         heads: In attention, what the axes of a split mean: ``"heads"`` prunes whole heads, ``"dims"`` the
         same
@@ -47,6 +48,7 @@ class Call:
     kwargs: dict[str, Any]
     out: Any
     ledger: Ledger
+    inputs: list[Tensor]
     level: int = 0
     heads: str | None = None
     norm: bool = False
@@ -77,8 +79,9 @@ def tensors(*values: Any) -> list[Tensor]:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            found += tensors(*value)
-        elif isinstance(value, dict):
+            if value and type(value[0]) is not int:
+                found += tensors(*value)
+        elif isinstance(value, dict) and value:
             found += tensors(*value.values())
     return found
 

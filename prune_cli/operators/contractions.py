@@ -103,11 +103,15 @@ def _plain_convolution(call: Call, marks: Marks, weights: Marks) -> Marks | None
     outs, depthwise = weight.shape[0], groups > 1
     if depthwise and (weight.shape[1] != 1 or outs != groups or groups != source.shape[1]):
         return None
-    if tuple(varied(label) for label in weights.fields) != (((0,),) if depthwise else ((0,), (1,))):
+    spread = [varied(label) for label in weights.fields]
+    channel_axes = 1 if depthwise else 2
+    if spread[:channel_axes] != [(0,), (1,)][:channel_axes] or any(axes[0] < 2 for axes in spread[channel_axes:]):
         return None
     biases = () if bias is None else marks_of(bias).fields
     if bias is not None and (len(biases) != 1 or varied(biases[0]) != (0,)):
         return None
+    for label in weights.fields[channel_axes:]:  # the kernel
+        ledger.freeze(label)
     w_out = vector(weights.fields[0], 0)
     total = source.shape[0] * math.prod(call.out.shape[2:]) * weight.numel()
     if depthwise:

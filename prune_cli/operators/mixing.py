@@ -52,7 +52,7 @@ def _keeps_zero(func: Any, key: tuple[Any, ...], kwargs: tuple[tuple[str, Any], 
 def pointwise(call: Call) -> Result:
     """Elementwise operators: labels that meet are equal; an axis that meets constant data is frozen."""
     out = call.out
-    inputs = tensors(call.args, call.kwargs)
+    inputs = call.inputs
     labelled = [t for t in inputs if marks_of(t).fields]
     if not labelled:
         kinds = {marks_of(t).kind for t in inputs if t.dim()} or {Kind.DATA}
@@ -145,21 +145,30 @@ def _reduced(call: Call, source: Tensor) -> set[int]:
 
 def mixing(call: Call) -> Result:
     """Softmax, cumulative sums, sorts: every position along the axis sees the others, so they are one
-    variable."""
+    variable; but a softmax is taken over the channels that are kept, like a norm."""
     source = call.args[0]
     marks = marks_of(source)
     position = 2 if call.name in ("topk", "kthvalue") else 1
     axis = axis_of(call.arg(position, "dim", -1), max(source.dim(), 1))
+    normed = call.name in ("_softmax", "_safe_softmax") and call.level == 0
+    zero = False
     fields = []
     for label in marks.fields:
         if axis in varied(label):
             if varied(label) == (axis,):
+                if normed:
+                    call.ledger.norms.append(vector(label, axis).numpy())
+                    fields.append(label)
+                    zero = len(marks.fields) == 1
+                    continue
                 call.ledger.freeze(label)
                 continue
             label = call.ledger.tie_along(label, (axis,))
         fields.append(label)
-    marks = replace(marks, fields=tuple(fields), zero=False, kind=marks.kind if fields else Kind.DATA)
+    marks = replace(marks, fields=tuple(fields), zero=zero, kind=marks.kind if fields else Kind.DATA)
     outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
+    if zero or axis in {a for label in fields for a in varied(label)}:
+        return marks
     fits = tuple(replace(marks, fields=tuple(f.narrow(axis, 0, 1).expand(o.shape) for f in marks.fields)) for o in outs)
     return fits if isinstance(call.out, (tuple, list)) else fits[0]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -257,6 +258,7 @@ RULES: dict[str, Callable[[Call], Result]] = {
 PER_CHANNEL = ("pool", "upsample", "reflection_pad", "replication_pad")
 
 
+@lru_cache(maxsize=4096)
 def rule(name: str, func: Any) -> Callable[[Call], Result] | None:
     """The rule of an operator, or None for one that is unknown."""
     found = RULES.get(name)
@@ -269,7 +271,7 @@ def rule(name: str, func: Any) -> Callable[[Call], Result] | None:
 
 def frozen(call: Call) -> Result:
     """What an unknown operator does: every label that touches it stays."""
-    freeze(call, call.args, call.kwargs)
+    freeze(call, *call.inputs)
     if call.name == "convolution":
         source, weight = call.args[:2]
         spatial = source.shape[2:] if call.args[6] else call.out.shape[2:]
