@@ -175,10 +175,9 @@ class Tracer(TorchDispatchMode):
 
         def called(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             stack.append((self.names.get(id(module), stack[-1][0]), module))
-            try:
-                return call(module, *args, **kwargs)
-            finally:
-                stack.pop()
+            output = call(module, *args, **kwargs)
+            stack.pop()  # not after an error: failed() says where it happened
+            return output
 
         replaced = ExitStack()
         replaced.enter_context(patch.object(nn.Module, "__call__", called))

@@ -346,6 +346,16 @@ def test_literal_sizes_keep_only_what_they_touch() -> None:
     assert shrunk.plan.warnings
 
 
+def test_an_error_inside_a_module_is_laid_at_its_door() -> None:
+    class Literal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(1, 2, 4, 25)
+
+    model = nn.Sequential(conv(3, 8), Literal(), nn.Flatten(), nn.Linear(200, 4))
+    shrunk = halve(randomise(model), example(1, 3, 5, 5))
+    assert all("in 1:" in warning for warning in shrunk.plan.warnings) and shrunk.plan.warnings
+
+
 def test_literal_slice_keeps_what_lies_before_its_bound() -> None:
     build, shape, _ = NETWORKS["literal slices"]
     shrunk = halve(randomise(build()), example(*shape))
