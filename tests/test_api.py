@@ -47,7 +47,8 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own_net", None)
     import own_net
 
-    return own_net
+    yield own_net
+    sys.modules.pop("own_net", None)
 
 
 def inputs(count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

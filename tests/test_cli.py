@@ -131,7 +131,8 @@ def test_another_option_drops_the_keys_that_a_recipe_set_for_its_own(prune):
     assert "schedule.retrain_epoch: unknown key" in refused.err
 
 
-def test_own_network_and_own_data(prune, workplace):
+def test_own_network_and_own_data(prune, workplace, monkeypatch):
+    monkeypatch.delitem(sys.modules, "own_net", raising=False)
     (workplace / "own_net.py").write_text(
         "import torch\nfrom torch import nn\nfrom prune_cli.data.arrays import Split, from_arrays\n\n"
         "class Net(nn.Module):\n"

@@ -103,11 +103,12 @@ def measured(world: World) -> dict[str, list]:
 def test_two_processes_measure_what_one_does(tmp_path):
     script = tmp_path / "child.py"
     script.write_text(
-        "import json, torch\nfrom tests.test_processes import measured\nfrom prune_cli.processes import joined\n"
+        "import json, torch\nfrom tests.test_processes import measured\nfrom prune_cli.processes import joined, leave\n"
         "with joined(torch.device('cpu')) as world:\n"
         "    found = measured(world)\n"
         "    same = world.share(found) == found\n"
-        "    print(json.dumps([world.rank, same, found]), flush=True)\n"
+        f"    open(f'{tmp_path}/{{world.rank}}.json', 'w').write(json.dumps([same, found]))\n"
+        "leave()\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
@@ -116,9 +117,8 @@ def test_two_processes_measure_what_one_does(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     alone = measured(World())
-    lines = [json.loads(line) for line in done.stdout.strip().splitlines()]
-    assert sorted(line[0] for line in lines) == [0, 1]
-    for _, same, found in lines:
+    for number in range(2):
+        same, found = json.loads((tmp_path / f"{number}.json").read_text())
         assert same, "bit-equal on every rank"
         assert found.keys() == alone.keys() and len(found) == 8
         assert all(found[key] == pytest.approx(alone[key], rel=1e-9, abs=1e-15) for key in alone)
@@ -127,10 +127,11 @@ def test_two_processes_measure_what_one_does(tmp_path):
 def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
     script = tmp_path / "child.py"
     script.write_text(
-        "import json, sys, torch\nfrom tests.test_processes import curve\nfrom prune_cli.processes import joined\n"
+        "import json, sys, torch\nfrom tests.test_processes import curve\nfrom prune_cli.processes import joined, leave\n"
         "with joined(torch.device('cpu')) as world:\n"
         "    found = curve(world)\n"
         "    if world.main:\n        print(json.dumps(found))\n"
+        "leave()\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
@@ -270,12 +271,13 @@ def learned(world: World, method: str) -> dict[str, list]:
 def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
     script = tmp_path / "child.py"
     script.write_text(
-        "import json, torch\nfrom tests.test_processes import learned\nfrom prune_cli.processes import joined\n"
+        "import json, torch\nfrom tests.test_processes import learned\nfrom prune_cli.processes import joined, leave\n"
         "with joined(torch.device('cpu')) as world:\n"
         f"    found = learned(world, {method!r})\n"
         "    every = [world.share(None)] if not world.main else [world.share(found)]\n"
         "    assert world.main or every[0]['masks'] == found['masks'], 'masks differ between ranks'\n"
         "    if world.main:\n        print(json.dumps(found))\n"
+        "leave()\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",

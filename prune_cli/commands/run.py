@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
@@ -58,7 +58,19 @@ def main(arguments: list[str]) -> int:
         if translated is error:
             raise
         raise translated from error
+    if _processes() > 1:
+        _leave_group()
     return 0
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _leave_group() -> NoReturn:
+    from prune_cli.processes import leave
+
+    leave()
 
 
 def _rank(arguments: list[str]) -> int:
@@ -67,7 +79,7 @@ def _rank(arguments: list[str]) -> int:
     Raises:
         ConfigError: a sweep in several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"-m", "--multirun"} & set(arguments):
+    if _processes() > 1 and {"-m", "--multirun"} & set(arguments):
         raise ConfigError("torchrun runs one job in several processes; start a sweep without it, or one job at a time")
     return int(os.environ.get("RANK", "0"))
 
@@ -84,9 +96,7 @@ def _follow(arguments: list[str], rank: int) -> int:
         if rank:  # rank 0 says it
             return 1
         raise
-    # Nothing is left to write; leaving at once spares the teardown of gloo's threads, which was seen to abort.
-    logging.shutdown()
-    os._exit(0)
+    _leave_group()
 
 
 def complete(arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ Contenders take turns (A B A B ...); every figure is a median of CPU time, so ot
 Neither side scores channels: ours removes the first ones, the peer random ones. Per model:
 
 - forwards: analyse + shrink, in forward passes at batch 1; less_copy: the same without one copy of the parameters
-- speedup: the peer's time over ours; peer: whether it runs, or why not
+- speedup: the peer's time over ours, at least that where the peer was given up; peer: whether it runs, or why not
 - count_speedup: building and counting a candidate, over counting it by arithmetic
 - memory: peak of a fresh process that analyses and shrinks, in (model + one forward pass)
 
@@ -150,6 +150,7 @@ def measure(name: str, rounds: int, with_peer: bool, patience: float, limit: flo
                 with limited(limit):
                     times["peer"].append(timed(partial(peer, theirs, example)))
             except TimeoutError as error:
+                times["peer"].append(limit)
                 verdict = str(error)
             except Exception as error:
                 verdict = f"fails: {type(error).__name__}: {error}".splitlines()[0][:80]
