@@ -1,7 +1,6 @@
 """Executes a network operator by operator: once dense on labels, later small to check that it followed.
 
-Convolutions and matrix products are not computed here: only their shapes matter, so their outputs are zeros
-and an
+Convolutions and matrix products are not computed here: only their shapes matter, so their outputs are zeros and an
 execution costs much less than a forward pass.
 """
 
