@@ -22,9 +22,9 @@ for criterion in l1 random; do
         part=granularity.ratio=$ratio
         left=$(python -c "print(1 - $ratio)")
         sweep element_${criterion}_$ratio "${pruned[@]}" granularity=element $part granularity.scope=layer "$@"
-        sweep stripe_${criterion}_$ratio "${pruned[@]}" granularity=stripe $part "$@"
+        sweep stripe_${criterion}_$ratio "${pruned[@]}" granularity=stripe granularity.scope=layer $part "$@"
         sweep pattern_${criterion}_$ratio "${pruned[@]}" granularity=pattern $part granularity.units.pattern_set=fixed5 "$@"
-        sweep filter_${criterion}_$ratio "${pruned[@]}" granularity=filter "granularity.budget={params: $left}" "$@"
+        sweep filter_${criterion}_$ratio "${pruned[@]}" granularity=filter granularity.scope=layer "granularity.budget={params: $left}" "$@"
         sweep n_m_${criterion}_$ratio "${pruned[@]}" granularity=n_m $part granularity.units.m=$(python -c "print(8 if $ratio > 0.8 else 4)") "$@"
     done
 done
