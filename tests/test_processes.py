@@ -100,15 +100,12 @@ def measured(world: World) -> dict[str, list]:
     return {f"{name} {need}": value.flatten().tolist() for name, of in found.items() for need, value in of.items()}
 
 
-def test_two_processes_measure_what_one_does(tmp_path):
-    script = tmp_path / "child.py"
+def two_processes(place: Path, function: str, body: str) -> str:
+    """What two processes print that run `body`, which knows `world` and a function of this file."""
+    script = place / "child.py"
     script.write_text(
-        "import json, torch\nfrom tests.test_processes import measured\nfrom prune_cli.processes import joined, leave\n"
-        "with joined(torch.device('cpu')) as world:\n"
-        "    found = measured(world)\n"
-        "    same = world.share(found) == found\n"
-        f"    open(f'{tmp_path}/{{world.rank}}.json', 'w').write(json.dumps([same, found]))\n"
-        "leave()\n"
+        f"import json, torch\nfrom tests.test_processes import {function}\n"
+        f"from prune_cli.processes import joined, leave\nwith joined(torch.device('cpu')) as world:\n{body}leave()\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
@@ -116,6 +113,17 @@ def test_two_processes_measure_what_one_does(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    two_processes(
+        tmp_path,
+        "measured",
+        "    found = measured(world)\n"
+        "    same = world.share(found) == found\n"
+        f"    open(f'{tmp_path}/{{world.rank}}.json', 'w').write(json.dumps([same, found]))\n",
+    )
     alone = measured(World())
     for number in range(2):
         same, found = json.loads((tmp_path / f"{number}.json").read_text())
@@ -125,21 +133,10 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
 
 def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
-    script = tmp_path / "child.py"
-    script.write_text(
-        "import json, sys, torch\nfrom tests.test_processes import curve\nfrom prune_cli.processes import joined, leave\n"
-        "with joined(torch.device('cpu')) as world:\n"
-        "    found = curve(world)\n"
-        "    if world.main:\n        print(json.dumps(found))\n"
-        "leave()\n"
+    out = two_processes(
+        tmp_path, "curve", "    found = curve(world)\n    if world.main:\n        print(json.dumps(found))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-         "--rdzv-endpoint=localhost:0", str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    two, one = json.loads(done.stdout.strip().splitlines()[-1]), curve(World())
+    two, one = json.loads(out.strip().splitlines()[-1]), curve(World())
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-10)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9, abs=1e-14)
 
@@ -269,23 +266,15 @@ def learned(world: World, method: str) -> dict[str, list]:
 
 @pytest.mark.parametrize("method", ["skeleton", "sr_ste"])
 def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
-    script = tmp_path / "child.py"
-    script.write_text(
-        "import json, torch\nfrom tests.test_processes import learned\nfrom prune_cli.processes import joined, leave\n"
-        "with joined(torch.device('cpu')) as world:\n"
+    out = two_processes(
+        tmp_path,
+        "learned",
         f"    found = learned(world, {method!r})\n"
         "    every = [world.share(None)] if not world.main else [world.share(found)]\n"
         "    assert world.main or every[0]['masks'] == found['masks'], 'masks differ between ranks'\n"
-        "    if world.main:\n        print(json.dumps(found))\n"
-        "leave()\n"
+        "    if world.main:\n        print(json.dumps(found))\n",
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-         "--rdzv-endpoint=localhost:0", str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    two, one = json.loads(done.stdout.strip().splitlines()[-1]), learned(World(), method)
+    two, one = json.loads(out.strip().splitlines()[-1]), learned(World(), method)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-8, abs=1e-13)
     assert two["masks"] == one["masks"]
