@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
-from torch.utils.benchmark import Timer
 
 from prune_cli import measure
 
@@ -95,6 +94,8 @@ def _timing(layer: nn.Module, inputs: Tensor | None, device: torch.device) -> Ti
 
 
 def _median(layer: nn.Module, example: Tensor) -> float:
+    from torch.utils.benchmark import Timer  # warns where there is a CUDA compiler and no GPU
+
     with torch.inference_mode():
         timer = Timer("layer(example)", globals={"layer": layer, "example": example})
         return 1e3 * timer.blocked_autorange(min_run_time=0.1).median

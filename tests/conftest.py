@@ -69,12 +69,12 @@ def prune(workplace, capfd) -> Callable[..., Result]:
 
 @pytest.fixture
 def spawn(workplace) -> Callable[..., subprocess.Popen]:
-    """Starts `prune ARGUMENTS` in a process of its own."""
+    """Starts `prune ARGUMENTS` in a process of its own; FAULT hits it on the way (tests/faulty.py)."""
     started = []
 
     def call(*arguments: str, **environment: str) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prune_cli", *arguments],
+            [sys.executable, "-m", "tests.faulty", *arguments],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import time
 
 import pandas
 import pytest
@@ -13,7 +13,7 @@ import torch
 
 from prune_cli.checkpoints import read_state_dict
 from prune_cli.config import options
-from tests.test_faults import folder_of, sums, wait_for
+from tests.test_faults import folder_of, sums
 from tests.test_processes import torchrun
 
 NET = (
@@ -136,11 +136,8 @@ def test_kill_nine_then_the_same_command_ends_with_the_same_bytes(prune, spawn, 
     calm = prune(*LONG)
     assert calm.code == 0, calm.err
     wanted, table = sums(calm.folder), (calm.folder / "prune" / "admm.csv").read_bytes()
-    process = spawn(*LONG, PRUNE_STORE=str(workplace / "other"))
-    wait_for(process, "prune: iteration 1, connectivity")
-    time.sleep(0.4)
-    process.kill()
-    process.wait()
+    fault = "prune 70 SIGKILL"  # in the second iteration of the second projection's four epochs
+    assert spawn(*LONG, PRUNE_STORE=str(workplace / "other"), FAULT=fault).wait(timeout=300) == -signal.SIGKILL
     again = spawn(*LONG, PRUNE_STORE=str(workplace / "other"))
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
