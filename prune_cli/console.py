@@ -1,12 +1,16 @@
-"""What the user sees while a run goes on: bars on a terminal, plain timestamped lines elsewhere, tables at the end."""
+"""What the user sees while a run goes on: bars on a terminal, plain timestamped lines elsewhere, tables at the end.
+
+TensorBoard scalars too, where asked for: a stage's losses and accuracies appear while it trains.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -14,8 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from prune_cli.artifacts import Row
+from prune_cli.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+Scalar = Callable[[str, float, int], None]
+"""Takes a scalar's name, its value, and the epoch, from 1."""
 
 _stderr = RichConsole(stderr=True, highlight=False)
 
@@ -38,17 +46,24 @@ class Handler(logging.Handler):
 
 
 class Console:
-    """Progress of training: call `tick` after every step; bars and lines are drawn a few times a second at most."""
+    """Progress of training: call `tick` after every step; bars and lines are drawn a few times a second at most.
 
-    def __init__(self, *, quiet_seconds: float = 10.0) -> None:
-        self._quiet = quiet_seconds
+    Args:
+        quiet_seconds: least time between two lines about one training where stderr is no terminal.
+        scalar: takes the figures of every epoch.
+    """
+
+    def __init__(self, *, quiet_seconds: float = 10.0, scalar: Scalar | None = None) -> None:
+        self._quiet, self._scalar = quiet_seconds, scalar
+        self._told: set[tuple[str, float]] = set()
+        self._held_out = ""
         self._bar: Progress | None = None
         self._images, self._since, self._last = 0, time.monotonic(), time.monotonic()
 
     @contextmanager
     def training(self, stage: str, epoch: int, epochs: int, steps: int) -> Iterator[None]:
         """Shows one training from `epoch` to `epochs`, of `steps` batches each, while the context lasts."""
-        self._stage, self._epochs, self._steps = stage, epochs, steps
+        self._stage, self._epochs, self._steps, self._held_out = stage, epochs, steps, ""
         self._images, self._since, self._last = 0, time.monotonic(), time.monotonic()
         if not _stderr.is_terminal:
             yield
@@ -76,13 +91,42 @@ class Console:
             return
         speed = self._images / max(now - self._since, 1e-9)
         self._last = now
-        facts = f"loss {loss:.4f}  lr {rate:.2g}  {speed:,.0f} images/s"
+        facts = f"loss {loss:.4f}  lr {rate:.2g}  {speed:,.0f} images/s{self._held_out}"
         if self._bar:
             self._bar.update(self._task, completed=epoch * self._steps + step, facts=facts)
             return
         left = ((self._epochs - epoch) * self._steps - step) * count / max(speed, 1e-9)
         where = f"epoch {epoch + 1}/{self._epochs} step {step}/{self._steps}"
         log.info("%s: %s  %s  %s left", self._stage, where, facts, clock(left))
+
+    def history(self, stage: str, rows: Sequence[Mapping[str, float]]) -> None:
+        """Takes note of a stage's epochs, those of earlier calls among them: in the run's log, and as scalars."""
+        for row in rows:
+            epoch = row["epoch"]
+            if (stage, epoch) in self._told:
+                continue
+            self._told.add((stage, epoch))
+            figures = {name: value for name, value in row.items() if name != "epoch" and value is not None}
+            log.debug("%s: epoch %d: %s", stage, epoch, "  ".join(f"{k} {v:.6g}" for k, v in figures.items()))
+            self._held_out = f"  held out {figures['acc1']:.2f} %" if "acc1" in figures else self._held_out
+            if self._scalar is not None:
+                for name, value in figures.items():
+                    self._scalar(f"{stage}/{name}", value, int(epoch))
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Scalar]:
+    """Writes scalars to `folder`/tensorboard while the context lasts.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("tensorboard=true needs the extra: pip install 'prune-cli[tensorboard]'") from error
+    with SummaryWriter(str(folder / "tensorboard"), flush_secs=10) as writer:
+        yield writer.add_scalar
 
 
 def clock(seconds: float) -> str:

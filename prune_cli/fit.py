@@ -161,6 +161,7 @@ def fit(
     save: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     tick: Callable[[Progress, int, float], None] | None = None,
+    epoch_done: Callable[[Progress], None] | None = None,
     world: World = ALONE,
 ) -> Progress:
     """Trains `model` in place.
@@ -178,6 +179,7 @@ def fit(
         save: called with the progress after epochs, and before returning on `stop`.
         stop: asked after every optimizer step; True ends the call, also in the middle of an epoch.
         tick: called after every step with the progress, the batch size and the learning rate.
+        epoch_done: called after every epoch, when its row is in the progress's history.
         world: the processes that train together; `batches` yields this one's share of every batch.
 
     Returns:
@@ -195,7 +197,7 @@ def fit(
         progress.average = _floats(model)
     with parallel(model, world, sync_norms=options.sync_norms) as forward:
         run = _Step(model, forward, batches, loss, progress, options, masks or {}, regularise, world)
-        if not _epochs(run, lr_schedule, epochs, until, evaluate, save, stop, tick):
+        if not _epochs(run, lr_schedule, epochs, until, evaluate, save, stop, tick, epoch_done):
             return progress
     if progress.epoch >= epochs:
         progress.done = True
@@ -214,6 +216,7 @@ def _epochs(
     save: Callable[[Progress], None] | None,
     stop: Callable[[], bool],
     tick: Callable[[Progress, int, float], None] | None,
+    epoch_done: Callable[[Progress], None] | None,
 ) -> bool:
     """The loop over epochs and steps; returns False where `stop` ended it early, with the progress saved."""
     progress, batches, world = run.progress, run.batches, run.world
@@ -237,6 +240,8 @@ def _epochs(
                 return False
         losses.flush()
         _close_epoch(run, evaluate, epochs, rate)
+        if epoch_done:
+            epoch_done(progress)
         stopping = world.any(stop())
         due = time.monotonic() - saved >= run.options.checkpoint_seconds
         if save and progress.epoch < until and (stopping or due):

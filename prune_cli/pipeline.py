@@ -235,6 +235,7 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
         table.append(rows.row(step.name, step.choices, facts, pipeline.labels, dense, key))
         layers += [{"stage": step.name, **layer} for layer in facts["layers"]]
         history += [{"stage": step.name, **epoch} for epoch in facts["history"]]
+        state.console.history(step.name, facts["history"])
         artifacts.link_folder(saved, folder / step.name)
         _tables(folder, table, layers, history)
     return table

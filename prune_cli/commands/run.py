@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -159,8 +160,6 @@ def _job(config: DictConfig, settings: Any, folder: Path) -> None:
     artifacts.write_text(folder / artifacts.CONFIG, yaml.safe_dump(content, sort_keys=False))
     artifacts.write_json(folder / artifacts.CHOICES, choices)
     rows = _stages(content, choices, folder)
-    if content.get("tensorboard"):
-        _tensorboard(folder)
     results_table(rows)
     sys.stdout.write(f"{folder}\n")
 
@@ -168,7 +167,7 @@ def _job(config: DictConfig, settings: Any, folder: Path) -> None:
 def _stages(content: dict[str, Any], choices: dict[str, str], folder: Path) -> list[Any]:
     """Builds and runs the pipeline among the processes of the run; returns the rows on rank 0."""
     from prune_cli import pipeline
-    from prune_cli.console import Console
+    from prune_cli.console import Console, tensorboard
     from prune_cli.processes import joined
     from prune_cli.signals import polite
     from prune_cli.store import Store, default_root
@@ -176,8 +175,10 @@ def _stages(content: dict[str, Any], choices: dict[str, str], folder: Path) -> l
     store = Store(default_root())
     with polite() as interrupted, joined(pipeline.choose_device(content.get("device", "auto"))) as world:
         world.agree("the config", json.dumps(content, sort_keys=True))
-        built = pipeline.within(pipeline.build(content, choices, Console(), store), interrupted, world)
-        return pipeline.run(built, store, folder, latency=bool(content.get("latency")))
+        with tensorboard(folder) if content.get("tensorboard") and world.main else nullcontext() as scalar:
+            built = pipeline.build(content, choices, Console(scalar=scalar), store)
+            built = pipeline.within(built, interrupted, world)
+            return pipeline.run(built, store, folder, latency=bool(content.get("latency")))
 
 
 def _logging(folder: Path) -> None:
@@ -209,22 +210,3 @@ def _collect(sweep: Path) -> None:
         frames = [pandas.read_csv(path).assign(job=path.parent.name) for path in tables]
         with artifacts.new_file(sweep / artifacts.RESULTS) as temporary:
             pandas.concat(frames).to_csv(temporary, index=False)
-
-
-def _tensorboard(folder: Path) -> None:
-    """Writes the history of every stage as TensorBoard scalars.
-
-    Raises:
-        ConfigError: the extra is not installed.
-    """
-    import csv
-
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("tensorboard=true needs the extra: pip install 'prune-cli[tensorboard]'") from error
-    with SummaryWriter(str(folder / "tensorboard")) as writer, (folder / artifacts.HISTORY).open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if name not in ("stage", "epoch") and value:
-                    writer.add_scalar(f"{row['stage']}/{name}", float(value), int(row["epoch"]))

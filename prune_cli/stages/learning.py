@@ -95,6 +95,10 @@ def learn(
         mean = progress.loss_sum / max(progress.seen, 1)
         state.console.tick(progress.epoch, progress.step, count, rate, mean)
 
+    def epoch_done(progress: Progress) -> None:
+        if state.world.main:
+            state.console.history(state.stage, progress.history)
+
     with state.console.training(state.stage, progress.epoch if progress else 0, epochs, len(batches)):
         progress = loop.fit(
             state.model,
@@ -112,6 +116,7 @@ def learn(
             save=checkpoint,
             stop=state.interrupted,
             tick=tick,
+            epoch_done=epoch_done,
             world=state.world,
         )
     _same_buffers(state, state.model)
