@@ -18,7 +18,7 @@ from prune_cli import trace as tracing
 from prune_cli.channels import Plan
 from prune_cli.labels import flat, varied
 from prune_cli.modules import walk
-from prune_cli.surgery import Shrunk, duplicate, structured_masks
+from prune_cli.surgery import Shrunk, duplicate, kept_indices
 from prune_cli.trace import Example, Modules, Step, Trace, Tracer
 
 
@@ -118,9 +118,10 @@ def forward(model: nn.Module, plan: Plan, keep: np.ndarray, example: Example) ->
     masked = duplicate(model)
     named = dict(masked.named_parameters())
     with torch.no_grad():
-        for name, mask in structured_masks(model, plan, keep).items():
-            if name in named:
-                named[name].mul_(mask)
+        for name, axes in kept_indices(plan, keep).items():
+            for axis, indices in axes.items() if name in named else ():
+                gone = np.delete(np.arange(named[name].shape[axis]), indices)
+                named[name].index_fill_(axis, torch.from_numpy(gone).to(named[name].device), 0)
     tracer = KeptNorms(walk(masked), plan.traces[0], of_variable)
     return tracing.execute(masked, example, tracer, training=False)
 

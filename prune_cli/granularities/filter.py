@@ -18,7 +18,6 @@ from prune_cli.errors import ConfigError
 from prune_cli.granularities.allot import Group, Structure, Vote
 from prune_cli.granularities.granularity import Context
 from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import layers
 from prune_cli.masks import Masks
 from prune_cli.plan import Family, Plan
 
@@ -126,8 +125,7 @@ def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:
 
 def _places(context: Context, family: Family) -> list[tuple[str, int]]:
     """The family's producers that can be asked for; others (embeddings, bare parameters) follow them."""
-    known = {f"{name}.weight" for name in layers(context.model)}
-    return [(name, axis) for name, axis in family.producers if name in known]
+    return [(name, axis) for name, axis in family.producers if name in context.prunable]
 
 
 def _members(context: Context, family: Family) -> list[str]:

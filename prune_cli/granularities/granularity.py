@@ -6,6 +6,7 @@ How many go is decided here, from ratios, scope and floors; which go, by the sco
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,11 @@ class Context:
     ratios: Mapping[str, float | str]
     masked: Masks
     dependency: Dependency = "group"
+
+    @functools.cached_property
+    def prunable(self) -> frozenset[str]:
+        """Names of all weights that could be asked for."""
+        return frozenset(f"{name}.weight" for name in targets.layers(self.model))
 
 
 class Units(Protocol):
@@ -389,7 +395,7 @@ def score_of(
             f"criterion: scores of {name} have shape {tuple(score.shape)}; level {criterion.level} needs "
             f"{tuple(expected)}"
         )
-    if score.isnan().any():
+    if score.amax().isnan():  # the largest of all is nan where any is
         raise ConfigError(f"criterion: scores of {name} contain nan")
     return score
 
