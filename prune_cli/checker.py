@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prune_cli.labels import NOTHING, Kind, Marks, varied
+from prune_cli.labels import NOTHING, Kind, Marks, beside_labels, varied
 from prune_cli.operators.movement import padded
 from prune_cli.trace import FREE, LOCAL, Modules, Refused, Step, Trace, Tracer, scalar_of
 
@@ -89,7 +89,7 @@ class Checker(Tracer):
             if step.name == "constant_pad_nd":
                 got = _padded(small, label, args[1]).expand(outs[0].shape)
             else:
-                got = step.func(small.contiguous(), *args[1:], **kwargs)
+                got = step.func(small.contiguous(), *beside_labels(args[1:]), **kwargs)
             for have, tensor, (_, out) in zip(
                 got if isinstance(got, (tuple, list)) else (got,), outs, step.outs, strict=True
             ):

@@ -291,7 +291,7 @@ def repartition(columns: Tensor, groups: Tensor, n: int, size: int, escapes: int
             escapes -= 1
             touched = _escape(columns, groups, own, sets, choices, n, generator)
         mark = torch.zeros(len(groups), dtype=torch.bool, device=groups.device)
-        mark[touched] = True
+        mark[torch.tensor(touched, device=groups.device)] = True
         stale = mark[sets].any(1)
 
 

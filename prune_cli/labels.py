@@ -14,14 +14,17 @@ operators.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 FIXED, ANY = 0, -1
 
@@ -223,3 +226,8 @@ class Ledger:
 def without_fields(marks: Marks) -> Marks:
     """The same tensor after its variables were frozen."""
     return replace(marks, fields=(), kind=Kind.DATA, zero=False)
+
+
+def beside_labels(args: Sequence[Any]) -> tuple[Any, ...]:
+    """An operator's other arguments for labels, which are on the CPU wherever the network is."""
+    return tuple(tree_map(lambda arg: arg.cpu() if isinstance(arg, Tensor) else arg, tuple(args)))

@@ -27,9 +27,9 @@ class KeptNorms(Tracer):
 
     real = True
 
-    def __init__(self, modules: Modules, trace: Trace, keep: np.ndarray) -> None:
+    def __init__(self, modules: Modules, trace: Trace, keep: np.ndarray, device: torch.device) -> None:
         super().__init__(modules)
-        self.keep = keep  # keep[variable + 1]
+        self.keep, self.device = keep, device  # keep[variable + 1]
         self.steps: dict[tuple[str, str, int], Step] = {}  # layer, operator, how many times before
         self.seen: Counter[tuple[str, str]] = Counter()
         for step in trace.steps:
@@ -76,7 +76,7 @@ class KeptNorms(Tracer):
         return {d % rank for d in dims} if isinstance(dims, (list, tuple)) and dims else set(range(rank))
 
     def _kept(self, label: Tensor) -> Tensor:
-        return torch.from_numpy(np.flatnonzero(self.keep[flat(label) + 1]))
+        return torch.from_numpy(np.flatnonzero(self.keep[flat(label) + 1])).to(self.device)
 
     def _layer_norm(self, func: Any, args: tuple, label: Tensor) -> Any:
         source, shape = args[0], args[1]
@@ -122,7 +122,8 @@ def forward(model: nn.Module, plan: Plan, keep: np.ndarray, example: Example) ->
             for axis, indices in axes.items() if name in named else ():
                 gone = np.delete(np.arange(named[name].shape[axis]), indices)
                 named[name].index_fill_(axis, torch.from_numpy(gone).to(named[name].device), 0)
-    tracer = KeptNorms(walk(masked), plan.traces[0], of_variable)
+    device = next((parameter.device for parameter in masked.parameters()), torch.device("cpu"))
+    tracer = KeptNorms(walk(masked), plan.traces[0], of_variable, device)
     return tracing.execute(masked, example, tracer, training=False)
 
 

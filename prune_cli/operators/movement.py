@@ -16,6 +16,7 @@ from prune_cli.labels import (
     Ledger,
     Marks,
     along,
+    beside_labels,
     compact,
     marks_of,
     slim,
@@ -334,7 +335,7 @@ def index(call: Call) -> Result:
             continue
         if call.name == "gather":
             raise Unsupported
-        fields.append(compact(call.func(label.contiguous(), *func_args)))
+        fields.append(compact(call.func(label.contiguous(), *beside_labels(func_args))))
     if any(label.shape != out.shape for label in fields):
         raise Unsupported
     freeze(call, func_args)
