@@ -14,6 +14,9 @@ from prune_cli.operators.movement import padded
 from prune_cli.trace import FREE, LOCAL, Modules, Refused, Step, Trace, Tracer, scalar_of
 
 
+RESHAPES = {"view", "_unsafe_view"}
+
+
 class Checker(Tracer):
     """Executes the small network and compares every step with the dense one."""
 
@@ -29,10 +32,11 @@ class Checker(Tracer):
         return Refused(ordinal, self.layer, self.current, why)
 
     def visit(self, name: str, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        if self.ordinal >= len(self.trace.steps):
-            raise Refused(len(self.trace.steps) - 1, self.layer, name, "it runs more operators than the dense network")
-        step = self.trace.steps[self.ordinal]
-        if step.name != name:
+        step = self._step(name)
+        if step is None:  # a copy for a reshape that the dense network does without
+            self.ordinal -= 1
+            return
+        if step.name != name and {step.name, name} != RESHAPES:
             raise Refused(self.ordinal, self.layer, name, f"the dense network runs {step.name} here")
         if step.scalar is not None and (now := scalar_of(name, args)) and now != step.scalar:
             self.scales[self.layer] = self.scales.get(self.layer, 1.0) * now / step.scalar
@@ -45,6 +49,21 @@ class Checker(Tracer):
                 raise Refused(self.ordinal, self.layer, name, f"shape {tuple(tensor.shape)}, expected {expected}")
         if step.source is not None and name in LOCAL:
             self._positions(step, args, kwargs, outs)
+
+    def _step(self, name: str) -> Step | None:
+        """The dense network's step for an operator; None for a copy that only the small network needs.
+
+        Whether a reshape copies depends on strides, so on sizes: with one head left it does not.
+        """
+        if self.ordinal >= len(self.trace.steps):
+            raise Refused(len(self.trace.steps) - 1, self.layer, name, "it runs more operators than the dense network")
+        step = self.trace.steps[self.ordinal]
+        if name == step.name or "clone" not in (name, step.name):
+            return step
+        if name == "clone":
+            return None
+        self.ordinal += 1
+        return self.trace.steps[min(self.ordinal, len(self.trace.steps) - 1)]
 
     def shape(self, shape: tuple[int, ...], marks: Marks) -> tuple[int, ...] | None:
         """The shape of a tensor after removal, None where what is kept is not a product."""

@@ -495,6 +495,21 @@ class Graph(nn.Module):
         return self.head(values[-1])
 
 
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
+def test_whether_a_reshape_copies_is_no_reason_to_keep_channels(ratio: float) -> None:
+    """One image and narrow heads: the small network's reshapes are views where the dense network's are copies."""
+
+    def forward(net: Any, tokens: Tensor) -> Tensor:
+        tokens = net.stem(tokens)
+        return net.head((tokens + net.attention(tokens, tokens, tokens)[0]).mean(1))
+
+    attention = nn.MultiheadAttention(8, 4, batch_first=True)
+    net = Body(forward, stem=nn.Linear(6, 8), attention=attention, head=nn.Linear(8, 3))
+    shrunk = halve(randomise(net), example(1, 5, 6), ratio)
+    assert not shrunk.plan.warnings
+    assert parameters(shrunk.model) < 0.7 * parameters(net)
+
+
 KINDS = ["conv", "bn", "add", "cat", "split", "depthwise", "shuffle", "grouped", "relu"]
 
 
