@@ -158,8 +158,11 @@ def _raise_level(plan: Plan, levels: dict[tuple[bool, int], int], error: Refused
         level = levels.get(key, 0)
         if level < FROZEN_LEVEL:
             passed = max(error.ordinal, 0) - ordinal
-            for step in range(max(ordinal - passed, 0), ordinal if passed > 3 else 0):  # ever larger strides
-                levels[(trace.training, step)] = FROZEN_LEVEL
+            for step in range(
+                max(ordinal - passed, 0), ordinal if passed > 3 else 0
+            ):  # ever larger strides in a module
+                if trace.steps[step].layer == trace.steps[ordinal].layer == error.layer:
+                    levels[(trace.training, step)] = FROZEN_LEVEL
             most = LEVELLED.get(trace.steps[ordinal].name, 0)
             for twin in _same_code(trace, ordinal):
                 levels[(trace.training, twin)] = level + 1 if level < most else FROZEN_LEVEL

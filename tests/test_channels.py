@@ -255,6 +255,13 @@ def conv_attention(m: Any, x: Tensor) -> Tensor:
     return m.b((v @ (q.mT @ k * q.shape[1] ** -0.5).softmax(-1).mT).view(*v.shape[:2], *x.shape[2:]))
 
 
+def shared_values(m: Any, x: Tensor) -> Tensor:
+    """Multi-query attention: heads of queries, one set of keys and values."""
+    q, k, v = m.q(m.a(x)), m.k(m.a(x)).unsqueeze(1), m.v(m.a(x)).unsqueeze(1)
+    q = q.unflatten(-1, (-1, 4)).transpose(1, 2)
+    return m.b(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 def sampled(m: Any, x: Tensor) -> Tensor:
     grid = F.affine_grid(torch.eye(2, 3, dtype=x.dtype)[None], [1, 1, 4, 4], align_corners=False)
     return m.b(F.grid_sample(m.a(x), grid, align_corners=False))
@@ -371,6 +378,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, float]] = {
                                      att=nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True), b=nn.Linear(8, 4)), (2, 5, 3), 0.4),
     "unequal parts": (lambda: Body(lambda m, x: (lambda y: m.c(torch.cat([m.a(y[:, :2]), m.b(y[:, 2:])], 1)))(m.i(x)), i=conv(3, 16),
                                    a=conv(2, 2, groups=2), b=conv(14, 14, groups=14), c=conv(16, 4)), (1, 3, 4, 4), 0.9),
+    "multi-query attention": (lambda: Body(shared_values, a=nn.Linear(3, 8), q=nn.Linear(8, 16), k=nn.Linear(8, 4), v=nn.Linear(8, 4),
+                                           b=nn.Linear(16, 4)), (2, 5, 3), 0.6),
     "embedding bag": (lambda: nn.Sequential(nn.EmbeddingBag(10, 8), nn.Linear(8, 4)), "tokens", 0.6),
     "grid sample": (lambda: Body(sampled, a=conv(3, 8), b=conv(8, 4)), (1, 3, 4, 4), 0.6),
     "fourier": (with_spectrum, (1, 3, 4, 4), 0.6),

@@ -93,7 +93,7 @@ def reshape(call: Call) -> Result:
     if 0 in source.shape:
         raise Unsupported
     groups = _regroup(tuple(source.shape), tuple(out.shape))
-    fields = []
+    fields: list[Tensor] = []
     for label in marks.fields:
         axes = set(varied(label))
         small, target = slim(label), list(out.shape)
@@ -117,7 +117,13 @@ def reshape(call: Call) -> Result:
             view = compact(view)
         for wide in cuts:
             view = _cut(call, view, wide, len(axes))
-        fields.append(view.expand(out.shape))
+        view = view.expand(out.shape)
+        if marks.kind is Kind.DATA and any(set(varied(view)) & set(varied(other)) for other in fields):
+            call.ledger.freeze(
+                view
+            )  # one axis, two choices (heads, and widths that all heads share): the first shrinks
+        else:
+            fields.append(view)
     return replace(marks, fields=tuple(fields))
 
 
