@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from types import MappingProxyType
@@ -25,16 +25,16 @@ from prune_cli.errors import SurgeryError
 from prune_cli.labels import Ledger, flat, marks_of
 from prune_cli.modules import named_tensors, walk
 from prune_cli.plan import AxisOf, Family, Plan, Tally
-from prune_cli.trace import Example, Modules, Refused, Strictness, Trace
+from prune_cli.trace import FROZEN_LEVEL, Example, Modules, Refused, Strictness, Trace
 
 log = logging.getLogger(__name__)
 
 # Operators whose rule knows more than one answer; any other is frozen when the small network did not follow
 # it.
 LEVELLED = {
-    "view": 2,
-    "_unsafe_view": 2,
-    "slice": 2,
+    "view": 3,
+    "_unsafe_view": 3,
+    "slice": 3,
     "split": 1,
     "split_with_sizes": 1,
     "unsafe_split": 1,
@@ -49,7 +49,6 @@ LEVELLED = {
     "native_layer_norm": 1,
     "native_group_norm": 1,
 }
-FROZEN_LEVEL = 3
 
 
 # ---------------------------------------------------------------------------------------------- analysis
@@ -136,7 +135,7 @@ def _stricter(model: nn.Module, plan: Plan, error: Refused) -> Plan:
     code = tracing.code_of(module)
     if (
         module is not None
-        and tracing.has_heads(module)
+        and (tracing.has_heads(module) or error.name == "view")
         and code
         and code not in strictness.tied
         and type(module).__name__ not in tracing.TIED_ATTENTION
@@ -158,6 +157,12 @@ def _raise_level(plan: Plan, levels: dict[tuple[bool, int], int], error: Refused
         key = (trace.training, ordinal)
         level = levels.get(key, 0)
         if level < FROZEN_LEVEL:
+            passed = max(error.ordinal, 0) - ordinal
+            for step in range(
+                max(ordinal - passed, 0), ordinal if passed > 3 else 0
+            ):  # ever larger strides in a module
+                if trace.steps[step].layer == trace.steps[ordinal].layer == error.layer:
+                    levels[(trace.training, step)] = FROZEN_LEVEL
             most = LEVELLED.get(trace.steps[ordinal].name, 0)
             for twin in _same_code(trace, ordinal):
                 levels[(trace.training, twin)] = level + 1 if level < most else FROZEN_LEVEL
@@ -186,7 +191,7 @@ def _trial(plan: Plan) -> np.ndarray:
     for family in plan.families:
         n = len(family.units)
         keep[generator.permutation(family.units)[: n // 2]] = False
-    return keep
+    return spared(plan, keep, np.zeros(plan.size))
 
 
 def _label(model: nn.Module, example: Example, strictness: Strictness, refused: tuple[str, ...]) -> Plan:
@@ -200,10 +205,14 @@ def _label(model: nn.Module, example: Example, strictness: Strictness, refused: 
         if any(id(tensor) not in used for tensor, _ in parameters.values()):  # an auxiliary head, for example
             work = list(ledger.work)
             try:
-                traces.append(_run(model, example, modules, ledger, strictness, training=True)[0])
+                second, more = _run(model, example, modules, ledger, strictness, training=True)
+                traces.append(second)
+                used |= more
             except SurgeryError:
                 log.debug("the model does not run in training mode on the example; auxiliary heads are not analysed")
             ledger.work = work
+        idle = [name for name, (tensor, _) in parameters.items() if id(tensor) not in used]
+        refused = tuple(dict.fromkeys((*refused, *_undecided(traces, idle, ledger))))
     finally:
         tracing.unmark(parameters)
     classes = ledger.solve()
@@ -227,6 +236,20 @@ def _run(
         for label in marks_of(output).fields:
             ledger.freeze(label)
     return trace, labeller.used
+
+
+def _undecided(traces: list[Trace], idle: list[str], ledger: Ledger) -> Iterator[str]:
+    """Keeps the channels in modules that decide by their data which layers run, where some did not: nobody knows
+    what those layers would read."""
+    for layer in sorted({layer for trace in traces for layer in trace.decides}):
+        inside = f"{layer}." if layer else ""
+        if left := [name for name in idle if name.startswith(inside)]:
+            for trace in traces:
+                for step in trace.steps:
+                    if step.layer == layer or step.layer.startswith(inside):
+                        for label in (label for _, marks in step.outs for label in marks.fields):
+                            ledger.freeze(label)
+            yield f"{layer or 'the model'} chooses by its data what runs, and {left[0]} did not: its channels are kept"
 
 
 def _plan(
@@ -455,7 +478,23 @@ def select(
         n = len(family.units)
         k = min(removed(fraction, n), max(n - max(min_keep, 1), 0))
         keep[family.units[lowest(values[family.units], k)]] = False
-    return keep
+    return spared(plan, keep, values)
+
+
+def spared(plan: Plan, keep: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """The same choice with the best unit of every axis that would be empty: layers may read a part of a family.
+
+    Args:
+        plan: From ``analyse``.
+        keep: Bool per unit id.
+        scores: One per unit id, higher = keep.
+    """
+    present = keep.copy()
+    present[0] = True
+    for ids in {id(ids): ids for axes in plan.axes.values() for ids in axes.values()}.values():
+        if not present[ids].any():
+            present[ids[np.argmax(scores[ids])]] = True
+    return present
 
 
 def units_of(plan: Plan, name: str, axis: int) -> Tensor:

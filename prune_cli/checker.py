@@ -11,8 +11,7 @@ from torch import Tensor
 
 from prune_cli.labels import NOTHING, Kind, Marks, beside_labels, varied
 from prune_cli.operators.movement import padded
-from prune_cli.trace import FREE, LOCAL, Modules, Refused, Step, Trace, Tracer, scalar_of
-
+from prune_cli.trace import FREE, LOCAL, Modules, Refused, Step, Trace, Tracer, scalar_of, scales_queries
 
 RESHAPES = {"view", "_unsafe_view"}
 
@@ -39,6 +38,8 @@ class Checker(Tracer):
         if step.name != name and {step.name, name} != RESHAPES:
             raise Refused(self.ordinal, self.layer, name, f"the dense network runs {step.name} here")
         if step.scalar is not None and (now := scalar_of(name, args)) and now != step.scalar:
+            if name not in ("mul", "div") or not scales_queries(self.stack[-1][1]):
+                raise Refused(self.ordinal, self.layer, name, f"its number was {step.scalar:.6g} and became {now:.6g}")
             self.scales[self.layer] = self.scales.get(self.layer, 1.0) * now / step.scalar
         outs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
         for tensor, (shape, marks) in zip(outs, step.outs, strict=True):

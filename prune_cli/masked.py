@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prune_cli import trace as tracing
 from prune_cli.channels import Plan
-from prune_cli.labels import flat, varied
+from prune_cli.labels import NOTHING, Kind, flat, varied
 from prune_cli.modules import walk
 from prune_cli.surgery import Shrunk, duplicate, kept_indices
 from prune_cli.trace import Example, Modules, Step, Trace, Tracer
@@ -56,10 +56,25 @@ class KeptNorms(Tracer):
             return self._group_norm(func, args, label)
         if name in ("native_layer_norm", "_fused_rms_norm"):
             return self._layer_norm(func, args, label)
-        if step.norm and len(varied(label)) == 1 and varied(label)[0] in self._dims(args, label.dim()):
-            axis = varied(label)[0]
-            return func(args[0].index_select(axis, self._kept(label)), *args[1:], **kwargs)
+        if name == "native_batch_norm":
+            return self._batch_norm(func, args, step)
+        if step.norm:
+            source, dims = args[0], self._dims(args, args[0].dim())
+            for field in step.source[1].fields:
+                if len(varied(field)) == 1 and varied(field)[0] in dims:
+                    source = source.index_select(varied(field)[0], self._kept(field))
+            return func(source, *args[1:], **kwargs)
         return super().run(name, func, args, kwargs)
+
+    def _batch_norm(self, func: Any, args: tuple, step: Step) -> Any:
+        """Of a weight (1, out, in * kernel), which is standardised so; what it makes of activations is exact."""
+        marks = step.source[1] if step.source else NOTHING
+        for label in marks.fields:
+            if marks.kind is Kind.WEIGHT and varied(label) == (2,):
+                kept = self._kept(label)
+                small = func(args[0].index_select(2, kept), *args[1:])
+                return (torch.zeros_like(args[0]).index_copy_(2, kept, small[0]), *small[1:])
+        return func(*args)
 
     def _softmax(self, func: Any, args: tuple, kwargs: dict, step: Step) -> Any:
         axis = args[1] % args[0].dim()
@@ -79,15 +94,16 @@ class KeptNorms(Tracer):
         return torch.from_numpy(np.flatnonzero(self.keep[flat(label) + 1])).to(self.device)
 
     def _layer_norm(self, func: Any, args: tuple, label: Tensor) -> Any:
-        source, shape = args[0], args[1]
-        if len(shape) > 1 or varied(label) != (source.dim() - 1,):
+        source, first = args[0], args[0].dim() - len(args[1])
+        if len(varied(label)) != 1 or varied(label)[0] < first:
             return func(*args)
-        kept = self._kept(label)
-        affine = [a if not isinstance(a, Tensor) else a[kept] for a in args[2:]]
-        small = func(source[..., kept], [len(kept)], *affine)
-        out = torch.zeros_like(source)
-        out[..., kept] = small[0]
-        return (out, *small[1:])
+        kept, axis = self._kept(label), varied(label)[0]
+        affine = [a.index_select(axis - first, kept) if isinstance(a, Tensor) else a for a in args[2:]]
+        narrow = source.index_select(axis, kept)
+        small = func(narrow, list(narrow.shape[first:]), *affine)
+        results = small if isinstance(small, tuple) else (small,)
+        out = torch.zeros_like(source).index_copy_(axis, kept, results[0])
+        return (out, *results[1:]) if isinstance(small, tuple) else out
 
     def _group_norm(self, func: Any, args: tuple, label: Tensor) -> Any:
         source, weight, bias, batch, _, area, groups, eps = args

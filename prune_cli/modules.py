@@ -1,8 +1,27 @@
-"""Walks over a module tree in one pass; ``named_modules`` and its relatives cost a generator per level and call."""
+"""Modules: walks over a tree in one pass (``named_modules`` costs a generator per level), attributes that hold widths."""
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
+
 from torch import Tensor, nn
+
+NOT_A_WIDTH = re.compile(
+    r"^_|kernel|stride|padding|dilation|groups$|eps|window|shift|depth|layers|patch|image|img|grid|resolution|class"
+    r"|seq_length|output_size|radix|expansion|block|drop|prob|level|scale|size_in|input_resolution|training|ratio"
+)
+
+
+@lru_cache(maxsize=4096)
+def names_a_width(key: str) -> bool:
+    """Whether an attribute of this name may say how many channels there are."""
+    return not NOT_A_WIDTH.search(key)
+
+
+def widths_of(module: nn.Module, size: int) -> list[str]:
+    """The attributes of a module that may mean this number of channels."""
+    return [k for k, v in module.__dict__.items() if type(v) is int and v == size and names_a_width(k)]
 
 
 def walk(model: nn.Module, *, again: bool = False) -> list[tuple[str, nn.Module]]:

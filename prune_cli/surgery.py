@@ -408,22 +408,22 @@ def _scales(dense: nn.Module, small: nn.Module, changes: Mapping[str, float]) ->
         return found
     named = named_tensors(small)
     for name, module in walk(dense):
-        projection = trace.query_projection(module) if name in changes and trace.has_heads(module) else None
+        projection = trace.query_projection(module) if name in changes else None
         if projection is None:
             continue
         weight = module.get_parameter(projection)
         joint = weight.shape[0] != weight.shape[1]
+        prefix = f"{name}." if name else ""
+        queries = named[prefix + projection].shape[0] // (3 if joint else 1)
         for local in (projection, _bias_of(projection)):
-            full = f"{name}.{local}" if name else local
-            if full in named:
-                rows = named[full].shape[0]
-                queries = rows // 3 if joint else rows
-                found[full] = (1.0 / changes[name],) * queries + (1.0,) * (rows - queries)
+            if prefix + local in named:
+                others = named[prefix + local].shape[0] - queries
+                found[prefix + local] = (1.0 / changes[name],) * queries + (1.0,) * others
     return found
 
 
 def _bias_of(weight: str) -> str:
-    return weight.removesuffix("weight") + "bias"
+    return "in_proj_bias" if weight == "q_proj_weight" else weight.removesuffix("weight") + "bias"
 
 
 def _rescale(model: nn.Module, scales: Mapping[str, tuple[float, ...]]) -> None:

@@ -6,6 +6,7 @@ execution costs much less than a forward pass.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from prune_cli.errors import SurgeryError
 from prune_cli.hollow import HEAVY, LIGHT, SHAPED, VIEWS, Pages, product, shaped, skipped
 from prune_cli.labels import NOTHING, Kind, Ledger, Marks, marks_of, varied, vector
-from prune_cli.modules import named_tensors
+from prune_cli.modules import named_tensors, widths_of
 from prune_cli.operators.call import Call, Result, Unsupported, axis_of, tensors
 from prune_cli.operators.mixing import per_channel, pointwise
 from prune_cli.operators.table import factory, frozen, rule
@@ -33,7 +35,7 @@ HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attentio
 # projection's weight.
 # Here the embedding and the attention shrink together, equal positions in every head.
 TIED_ATTENTION = {
-    "MultiheadAttention": "in_proj_weight",
+    "MultiheadAttention": "in_proj_weight",  # or "q_proj_weight", where keys and values have widths of their own
     "ShiftedWindowAttention": "qkv.weight",
     "ShiftedWindowAttentionV2": "qkv.weight",
     "RelativePositionalMultiHeadAttention": "to_qkv.weight",
@@ -53,7 +55,7 @@ class Step(NamedTuple):
     source: tuple[tuple[int, ...], Marks] | None = None  # of operators that pick positions or normalise
     norm: bool = False  # runs in a module that normalises
     code: str = ""  # class of the module, "" for single layers
-    scalar: float | None = None  # of a multiplication or division by a number
+    scalar: float | None = None  # a number among the operands
 
 
 @dataclass(slots=True)
@@ -75,7 +77,9 @@ class Trace:
     cuts: list[Cut] = field(default_factory=list)
     widths: list[tuple[str, tuple[int, ...], Tensor]] = field(default_factory=list)
     splits: list[tuple[str, tuple[Tensor, ...]]] = field(default_factory=list)  # layer, labels of the parts of an axis
+    bounds: list[tuple[str, Tensor]] = field(default_factory=list)  # layer, labels that a slice's bound counts
     pads: list[tuple[str, Tensor]] = field(default_factory=list)  # layer, labels of the channels of zeros it puts first
+    decides: set[str] = field(default_factory=set)  # layers that looked at a condition computed from data
     unknown: dict[str, str] = field(default_factory=dict)
     literal: bool = False  # whether some operator took a size that the code may spell out
 
@@ -113,7 +117,11 @@ FOLLOWING = {
 }  # fmt: skip
 NORMS = {
     "native_layer_norm", "native_group_norm", "_fused_rms_norm", "mean", "var", "var_mean", "_softmax", "_safe_softmax",
+    "std", "std_mean", "native_batch_norm",
 }  # fmt: skip
+SCALARS = {"mul", "div", "add", "sub", "rsub", "pow"}  # operators whose number may derive from a width
+NORM_NAME = re.compile(r"[Nn]orm|NORM|LN|RMS|GRN")  # classes that normalise, over channels too
+FROZEN_LEVEL = 4  # above what any rule knows: the operator's labels stay
 FREE = -1  # the size of an expanded axis, which may follow its neighbours
 
 
@@ -243,6 +251,7 @@ class Labeller(Tracer):
         self.flattening = False  # inside a flatten, whose sizes are never spelt out
         self.codes: dict[int, tuple[str, str | None, bool]] = {}
         self.used: set[int] = set()  # identities of the tensors that took part
+        self.counted: dict[tuple[str, int], Tensor] = {}  # per layer and number in an attribute, what it counted first
 
     def patches(self) -> ExitStack:
         def marked(flatten: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -264,9 +273,10 @@ class Labeller(Tracer):
         """A module's code, what its head axes mean and whether it normalises."""
         heads = None
         if has_heads(module):
-            tied = code_of(module) in self.tied or type(module).__name__ in TIED_ATTENTION
-            heads = "dims" if tied else "heads"
-        norm = module is not None and "norm" in type(module).__name__.lower()
+            heads = "heads"
+        if module is not None and (code_of(module) in self.tied or type(module).__name__ in TIED_ATTENTION):
+            heads = "dims"
+        norm = module is not None and NORM_NAME.search(type(module).__name__) is not None
         found = self.codes[id(module)] = code_of(module), heads, norm
         return found
 
@@ -280,13 +290,15 @@ class Labeller(Tracer):
         mark = found or frozen
         labelled = any(marks_of(t).fields for t in inputs)
         self.used.update(map(id, inputs))
+        if name == "_local_scalar_dense" and args[0].dtype is torch.bool:
+            self.trace.decides.add(layer)
         if not self.trace.literal and not self._follows(call, found, labelled, module):
             self.trace.literal = True
         local = labelled and (name in LOCAL or name in NORMS)
         source = (args[0].shape, marks_of(args[0])) if local else None
         if found is None and labelled:
             self.trace.unknown[str(func)] = layer
-        if call.level > 2:
+        if call.level >= FROZEN_LEVEL:
             mark = frozen
         try:
             result = mark(call)
@@ -333,7 +345,7 @@ class Labeller(Tracer):
                 call.layer,
                 tuple(seen),
                 source,
-                call.norm,
+                call.norm or (source is not None and source[1].kind is Kind.WEIGHT),
                 code,
                 scalar_of(call.name, call.args),
             )
@@ -344,13 +356,27 @@ class Labeller(Tracer):
             axis = axis_of(call.arg(2, "dim", 0), call.args[0].dim())
             parts = [[f for f in mark.fields if varied(f) == (axis,)] for _, mark in seen]
             if all(parts):
-                self.trace.splits.append((call.layer, tuple(vector(found[0], axis) for found in parts)))
+                lines = tuple(vector(found[0], axis) for found in parts)
+                self.trace.splits.append((call.layer, lines))
+                if call.name == "split_with_sizes" and not call.level:
+                    for line in lines:
+                        self._same(call, line)
+        self.trace.bounds.extend((call.layer, line) for line in call.bounds if self._same(call, line))
         if call.name == "constant_pad_nd" and seen and seen[0][1].fields:
             self.trace.pads.extend((call.layer, line) for line in _zeros_first(call.args[1], seen[0][1].fields))
         if call.name in ("native_layer_norm", "_fused_rms_norm"):
             axes = len(call.args[1])
             for label in marks_of(call.args[0]).fields:
                 self.trace.widths.append((call.layer, tuple(call.args[1]), label[(0,) * (label.dim() - axes)]))
+
+    def _same(self, call: Call, line: Tensor) -> bool:
+        """Whether an attribute of the module says how many positions a slice or a split takes; then equal ones stay
+        wherever it is used."""
+        module = self.stack[-1][1]
+        if module is None or not widths_of(module, len(line)):
+            return False
+        self.ledger.tie(self.counted.setdefault((call.layer, len(line)), line), line)
+        return True
 
     def _checked(self, tensor: Tensor, mark: Marks) -> Marks:
         if all(label.shape == tensor.shape for label in mark.fields):
@@ -372,15 +398,15 @@ def code_of(module: nn.Module | None) -> str:
 
 
 def scalar_of(name: str, args: tuple) -> float | None:
-    """The number that a tensor is multiplied by (a division counts as its inverse)."""
-    if name not in ("mul", "div") or len(args) < 2:
+    """The number that a tensor meets: of products the factor (a division counts as its inverse)."""
+    if name not in SCALARS or len(args) < 2:
         return None
     number = args[1]
     if isinstance(number, Tensor):
         number = number.item() if number.dim() == 0 and not marks_of(number).fields else None
     if not isinstance(number, (int, float)) or not number:
         return None
-    return float(number) if name == "mul" else 1.0 / number
+    return 1.0 / number if name == "div" else float(number)
 
 
 def has_heads(module: nn.Module | None) -> bool:
@@ -409,6 +435,11 @@ def query_projection(module: nn.Module) -> str | None:
         if square is None and parameter.shape[0] == parameter.shape[1] and name.startswith(("q", "to_q", "wq")):
             square = name
     return square
+
+
+def scales_queries(module: nn.Module | None) -> bool:
+    """Whether a factor in this module's code can be folded into the weight that makes its queries."""
+    return module is not None and code_of(module) != "" and query_projection(module) is not None
 
 
 class Refused(Exception):
@@ -521,6 +552,13 @@ def mark_parameters(
         Per distinct parameter or buffer name: the tensor and, per axis, its first variable.
     """
     found: Parameters = {}
+    blank = {  # buffers that may be constant zeros, as a bias of keys that is never trained
+        f"{name}.{key}"
+        for name, module in modules
+        if module._buffers and not isinstance(module, _NormBase)
+        for key in module._buffers
+        if key.endswith("bias")
+    }
     kernels = {id(module._parameters.get("weight")) for _, module in modules if isinstance(module, _ConvNd)}
     for name, tensor in named_tensors(model, again=False).items():
         if not tensor.is_floating_point():
@@ -531,14 +569,15 @@ def mark_parameters(
             if size > 1:
                 first[axis] = ledger.count
                 fields.append(ledger.fresh_along(axis, tensor.shape))
-        tensor._prune_marks = Marks(  # type: ignore[attr-defined]
-            tuple(fields), Kind.WEIGHT, type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter)
-        )
+        zero = type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter) or (name in blank and not tensor.any())
+        tensor._prune_marks = Marks(tuple(fields), Kind.WEIGHT, zero)  # type: ignore[attr-defined]
         found[name] = (tensor, first)
     for name, module in modules:
         projection = TIED_ATTENTION.get(type(module).__name__)
         if projection is None and code_of(module) in tied:
             projection = query_projection(module)
+        if projection == "in_proj_weight" and module._parameters.get(projection) is None:
+            projection = "q_proj_weight"
         full = f"{name}.{projection}" if name else projection
         if projection and full in found:
             tensor, first = found[full]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_cli.labels import varied
-from prune_cli.modules import walk
+from prune_cli.modules import names_a_width, walk, widths_of
 from prune_cli.trace import HEAD_COUNTS, Trace
 
 Edits = dict[str, dict[str, Any]]
 NO_NUMBERS = frozenset({bool, float, str, type(None), dict, OrderedDict, set})
 _LAYERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm, nn.Embedding, nn.PReLU)
-NOT_A_WIDTH = re.compile(
-    r"^_|kernel|stride|padding|dilation|groups$|eps|window|shift|depth|layers|patch|image|img|grid|resolution|class"
-    r"|seq_length|output_size|radix|expansion|block|drop|prob|level|scale|size_in|input_resolution|training|ratio"
-)
 PAD = re.compile(r"front|before|first|left|pad")  # an attribute that may say how many channels of zeros come first
 INNER = re.compile(r"attn_dim|dim_attn|attention_dim|inner|all_head|value_dim|key_dim|qk_dim|d_attn|proj_dim|dim_out_v")
 
@@ -66,7 +61,7 @@ def edits(
     inside = Inside(sizes)
     changed = frozenset(old for pairs in sizes.values() for old, new in pairs if old != new)
     cuts = _cut_sizes(traces, units, keep)
-    pads = _pads(traces, units, keep)
+    pads, bounds = _pads(traces, units, keep), _bounds(traces, units, keep)
     shapes = _norm_shapes(traces, units, keep)
     for name, module in modules:
         changes = _layer(module, twins[name])
@@ -76,6 +71,8 @@ def edits(
             others = _others(module, name, inside, changed, cuts.get(name, ()), guesses.get(name, 0))
             changes |= {k: v for k, v in others.items() if k not in changes}
         changes |= _part_sizes(module, [pairs for layer, pairs in splits if layer == name])
+        for old, new in bounds.get(name, {}).items():
+            changes |= dict.fromkeys(widths_of(module, old), new)
         if name in pads:
             old, new = pads[name]
             changes |= {k: new for k, v in vars(module).items() if PAD.search(k) and type(v) is int and v == old}
@@ -184,7 +181,7 @@ def _others(
     numbers = {
         key: value
         for key, value in dense.__dict__.items()
-        if type(value) not in NO_NUMBERS and _is_width(value) and _names_a_width(key)
+        if type(value) not in NO_NUMBERS and _is_width(value) and names_a_width(key)
     }
     if not cuts and numbers:  # only what changed somewhere can change here
         numbers = {
@@ -220,11 +217,6 @@ def _head(key: str, value: Any, cuts: dict[tuple[str, int], int]) -> dict[str, A
     return {key: cuts[role, value]} if isinstance(value, int) and (role, value) in cuts else {}
 
 
-@lru_cache(maxsize=4096)
-def _names_a_width(key: str) -> bool:
-    return not NOT_A_WIDTH.search(key)
-
-
 def _is_width(value: Any) -> bool:
     sort = type(value)
     if sort is int:
@@ -249,6 +241,15 @@ def _table(sizes: Iterator[tuple[int, int]], guess: int) -> dict[int, int]:
 def _pads(traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray) -> dict[str, tuple[int, int]]:
     """Per module that pads channels: how many zeros it puts first, and how many of them stay."""
     return {layer: (len(line), int(_keep(line, units, keep).sum())) for trace in traces for layer, line in trace.pads}
+
+
+def _bounds(traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray) -> dict[str, dict[int, int]]:
+    """Per module that slices channels: bound -> how many of the positions before it stay."""
+    found: dict[str, dict[int, int]] = {}
+    for trace in traces:
+        for layer, line in trace.bounds:
+            found.setdefault(layer, {})[len(line)] = int(_keep(line, units, keep).sum())
+    return found
 
 
 def _cut_sizes(

@@ -185,6 +185,106 @@ def shortcut_a(m: Any, x: Tensor) -> Tensor:
     return m.c(F.relu(m.b(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))))
 
 
+class Standardised(nn.Conv2d):
+    """Weight standardisation, by a batch norm or by hand."""
+
+    def __init__(self, a: int, b: int, by_hand: bool) -> None:
+        super().__init__(a, b, 3, padding=1)
+        self.by_hand, self.gain = by_hand, nn.Parameter(torch.ones(b, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        if self.by_hand:
+            w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+        else:
+            flat = w.reshape(1, self.out_channels, -1)
+            w = F.batch_norm(flat, None, None, weight=self.gain.view(-1), training=True).reshape_as(w)
+        return self._conv_forward(x, w, self.bias)
+
+
+class Named(nn.Module):
+    """Bounds of slices and sizes of splits that attributes name, as in dual paths and cascaded attention."""
+
+    def __init__(self, split: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 14), conv(3, 18), conv(22, 4)
+        self.first, self.key, self.value = 10, 4, 10
+        self.split = split
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        if self.split:
+            p, q = a.split([self.key, self.value], 1), b.split([self.key, self.key, self.value], 1)
+            return self.c(torch.cat([p[0] * q[1], q[0], p[1], q[1]], 1))
+        return self.c(torch.cat([a[:, : self.first] + b[:, : self.first], a[:, self.first :], b[:, self.first :]], 1))
+
+
+class Nameless(nn.Module):
+    """Attention whose number of heads has no name, and whose width is that of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.qkv, self.out = 4, nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = (t.view(b, n, self.h, c // self.h).transpose(1, 2) for t in self.qkv(x).split(c, 2))
+        return x + self.out(((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class GridLN(nn.Module):
+    """A norm over channels written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        return self.scale * centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+def spectral(old: bool) -> nn.Module:
+    norm = nn.utils.spectral_norm if old else nn.utils.parametrizations.spectral_norm
+    return nn.Sequential(norm(conv(3, 8)), nn.ReLU(), norm(conv(8, 8)), nn.ReLU(), conv(8, 4))
+
+
+def conv_attention(m: Any, x: Tensor) -> Tensor:
+    """One head of 1x1 convolutions; the scale is derived from the width."""
+    q, k, v = m.qkv(m.a(x)).flatten(2).chunk(3, 1)
+    return m.b((v @ (q.mT @ k * q.shape[1] ** -0.5).softmax(-1).mT).view(*v.shape[:2], *x.shape[2:]))
+
+
+def shared_values(m: Any, x: Tensor) -> Tensor:
+    """Multi-query attention: heads of queries, one set of keys and values."""
+    q, k, v = m.q(m.a(x)), m.k(m.a(x)).unsqueeze(1), m.v(m.a(x)).unsqueeze(1)
+    q = q.unflatten(-1, (-1, 4)).transpose(1, 2)
+    return m.b(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def sampled(m: Any, x: Tensor) -> Tensor:
+    grid = F.affine_grid(torch.eye(2, 3, dtype=x.dtype)[None], [1, 1, 4, 4], align_corners=False)
+    return m.b(F.grid_sample(m.a(x), grid, align_corners=False))
+
+
+def fourier(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.fft.irfft2(torch.fft.rfft2(m.a(x)) * torch.view_as_complex(m.weight), s=x.shape[-2:]))
+
+
+def with_spectrum() -> nn.Module:
+    body = Body(fourier, a=conv(3, 8), b=conv(8, 4))
+    body.weight = nn.Parameter(torch.randn(8, 4, 3, 2))
+    return body
+
+
+def prototypes(m: Any, x: Tensor) -> Tensor:
+    return torch.cdist(F.relu(m.a(x)), m.p.weight)
+
+
+def unfolded(m: Any, x: Tensor) -> Tensor:
+    return m.b(F.fold(F.unfold(m.a(x), 2, stride=2), (4, 4), 2, stride=2))
+
+
 LSTM = nn.LSTM(8, 6, batch_first=True)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, float]] = {
     # name: network, inputs, largest share of the parameters that may stay at ratio 0.5
@@ -257,6 +357,34 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, float]] = {
                               (1, 3, 4, 4), 0.55),
     "einsum": (lambda: Body(lambda m, x: m.b(torch.einsum("bnc,dc->bnd", m.a(x), m.w.weight)), a=nn.Linear(3, 8), w=nn.Linear(8, 6),
                             b=nn.Linear(6, 4)), (2, 5, 3), 0.75),
+    "standardised weight": (lambda: nn.Sequential(Standardised(3, 8, False), nn.ReLU(), Standardised(8, 8, False), nn.ReLU(), conv(8, 4)),
+                            (1, 3, 4, 4), 0.5),
+    "standardised by hand": (lambda: nn.Sequential(conv(3, 8), nn.ReLU(), Standardised(8, 8, True), nn.BatchNorm2d(8), conv(8, 4)),
+                             (1, 3, 4, 4), 0.5),
+    "standardised after sigmoid": (lambda: nn.Sequential(conv(3, 8), nn.Sigmoid(), Standardised(8, 4, True)), (1, 3, 4, 4), 1.0),
+    "weight that is never 0": (lambda: Body(lambda m, x: m.b(torch.sigmoid(F.conv2d(m.a(x).sigmoid(), m.w.weight.softmax(0)))),
+                                            a=conv(3, 8), w=conv(8, 8), b=conv(8, 4)), (1, 3, 4, 4), 1.0),
+    "named slices": (lambda: Named(False), (1, 3, 4, 4), 0.6),
+    "named splits": (lambda: Named(True), (1, 3, 4, 4), 0.65),
+    "nameless heads": (lambda: nn.Sequential(nn.Linear(3, 16), Nameless(), nn.Linear(16, 4)), (2, 5, 3), 0.4),
+    "norm by hand": (lambda: nn.Sequential(conv(3, 8), GridLN(), conv(8, 4)), (1, 3, 4, 4), 0.6),
+    "layer norm over two axes": (lambda: nn.Sequential(nn.Conv1d(3, 8, 1), nn.LayerNorm([8, 5]), nn.Conv1d(8, 4, 1)), (2, 3, 5), 0.6),
+    "spectral norm": (lambda: spectral(False), (1, 3, 4, 4), 0.5),
+    "old spectral norm": (lambda: spectral(True), (1, 3, 4, 4), 0.5),
+    "scale of a convolution's attention": (lambda: Body(conv_attention, a=conv(3, 8), qkv=conv(8, 24), b=conv(8, 4)), (1, 3, 4, 4), 0.85),
+    "mean by its number": (lambda: Body(lambda m, x: m.b(m.a(x) * (m.a(x).sum(1, keepdim=True) / m.a(x).shape[1])), a=conv(3, 8),
+                                        b=conv(8, 4)), (1, 3, 4, 4), 1.0),
+    "cross attention": (lambda: Body(lambda m, x: m.b(m.att(m.a(x), m.c(x), m.c(x))[0]), a=nn.Linear(3, 8), c=nn.Linear(3, 6),
+                                     att=nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True), b=nn.Linear(8, 4)), (2, 5, 3), 0.4),
+    "unequal parts": (lambda: Body(lambda m, x: (lambda y: m.c(torch.cat([m.a(y[:, :2]), m.b(y[:, 2:])], 1)))(m.i(x)), i=conv(3, 16),
+                                   a=conv(2, 2, groups=2), b=conv(14, 14, groups=14), c=conv(16, 4)), (1, 3, 4, 4), 0.9),
+    "multi-query attention": (lambda: Body(shared_values, a=nn.Linear(3, 8), q=nn.Linear(8, 16), k=nn.Linear(8, 4), v=nn.Linear(8, 4),
+                                           b=nn.Linear(16, 4)), (2, 5, 3), 0.6),
+    "embedding bag": (lambda: nn.Sequential(nn.EmbeddingBag(10, 8), nn.Linear(8, 4)), "tokens", 0.6),
+    "grid sample": (lambda: Body(sampled, a=conv(3, 8), b=conv(8, 4)), (1, 3, 4, 4), 0.6),
+    "fourier": (with_spectrum, (1, 3, 4, 4), 0.6),
+    "distances": (lambda: Body(prototypes, a=nn.Linear(3, 8), p=nn.Linear(8, 5)), (2, 3), 0.6),
+    "unfold and fold": (lambda: Body(unfolded, a=conv(3, 8), b=conv(8, 4)), (1, 3, 4, 4), 0.6),
     "mean over channels": (lambda: Body(lambda m, x: m.b(m.a(x) * torch.sigmoid(m.a(x).mean(1, keepdim=True))), a=conv(3, 8),
                                         b=conv(8, 4)), (1, 3, 4, 4), 1.0),
 }  # fmt: skip
@@ -337,6 +465,41 @@ def test_analysis_leaves_what_a_module_remembers() -> None:
     model, inputs = randomise(Biased()), example(2, 3)
     analyse(model, inputs)
     assert model.last is None and not model.bias_cache
+
+
+class Experts(nn.Module):
+    """Of two layers the data choose one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 2), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, chosen = 0 * x, self.gate(x).argmax(-1)
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                y = y + (chosen == number).to(x.dtype)[:, None] * expert(x)
+        return y
+
+
+def test_what_did_not_run_on_the_example_still_fits() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), Experts(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    with torch.no_grad():
+        randomise(model)[1].gate.weight.zero_()
+    shrunk = halve(model, example(2, 3))
+    assert shrunk.model[2].out_features == 6 and any("did not" in warning for warning in shrunk.plan.warnings)
+    for bias in ((1.0, 0.0), (0.0, 1.0)):
+        shrunk.model[1].gate.bias.data = torch.tensor(bias, dtype=torch.float64)
+        assert shrunk.model(example(2, 3)).shape == (2, 4)
+
+
+def test_a_part_of_a_family_is_never_left_without_channels() -> None:
+    build, shape, _ = NETWORKS["unequal parts"]
+    model = randomise(build())
+    plan = analyse(model, example(*shape))
+    keep = select(plan, np.arange(plan.size, dtype=float), 0.75)  # the lowest come first: all of the first part
+    small = surgery.shrink(model, plan, keep).model
+    assert small.a.out_channels >= 1 and small(example(*shape)).shape == (1, 4, 4, 4)
 
 
 def test_literal_sizes_keep_only_what_they_touch() -> None:

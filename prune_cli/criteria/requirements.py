@@ -62,7 +62,7 @@ def check(
             "that reads the weights"
         )
     asked = list(granularity.ratios(model))
-    if "synaptic_flow" in needs and all(bool(model.get_parameter(name).any()) for name in asked):
+    if "synaptic_flow" in needs and all(bool(targets.weight_of(model, name).any()) for name in asked):
         # Weights that are 0 before training, as some classifiers', let nothing through yet and tell nothing.
         synaptic_flow(model, example_inputs, asked)
     if not needs & (OF_RUNNING_LAYERS | OF_NORMS):

@@ -124,7 +124,9 @@ class Follow(TorchDispatchMode):
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.biases = {f"{name}.weight": getattr(module, "bias", None) for name, module in layers.items()}
         self.weights: dict[int, tuple[str, Tensor]] = {  # weights and views of them, kept so that ids stay theirs
-            id(module.weight): (f"{name}.weight", module.get_parameter("weight")) for name, module in layers.items()
+            id(weight): (f"{name}.weight", weight)
+            for name, module in layers.items()
+            if (weight := module._parameters.get("weight")) is not None  # not computed from others
         }
         self.trails: dict[int, list[Trail]] = {}
         self.reached, self.layer = reached, layer

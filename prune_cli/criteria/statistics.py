@@ -160,7 +160,8 @@ def collect(
             processes that each saw a share of the images, at least one batch.
 
     Returns:
-        Parameter name -> need -> tensor. Outputs of a layer that did not run are absent; where the loss does not
+        Parameter name -> need -> tensor. Outputs of a layer that did not run are absent, and everything of a weight
+        that is computed from other parameters; where the loss does not
         depend on a weight, its gradient is 0.
 
     Raises:
@@ -169,6 +170,7 @@ def collect(
     names = list(names) if names is not None else [f"{name}.weight" for name in targets.layers(model)]
     chosen = [need for need in needs if need not in ("norm", "n_keep", "movement", "synaptic_flow")]
     found: Statistics = {name: {} for name in names}
+    names = [name for name in names if isinstance(targets.weight_of(model, name), nn.Parameter)]
     if "synaptic_flow" in needs:
         for name, value in synaptic_flow(model, example_inputs, names).items():
             found[name]["synaptic_flow"] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from prune_cli import surgery
 from prune_cli.channels import analyse
 from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.sites import output_axis
 from prune_cli.errors import ConfigError
 from prune_cli.granularities.allot import Group, Structure, Vote
 from prune_cli.granularities.granularity import Context
 from prune_cli.granularities.storage import Form
+from prune_cli.granularities.targets import weight_of
 from prune_cli.masks import Masks
 from prune_cli.plan import Family, Plan
 
@@ -123,13 +126,29 @@ def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:
     return keep
 
 
-def _places(context: Context, family: Family) -> list[tuple[str, int]]:
+Place = tuple[str, str, int]
+"""A layer's weight, the parameter that it is (or is computed from), and the axis of both along which units lie."""
+
+
+def _places(context: Context, family: Family) -> list[Place]:
     """The family's producers that can be asked for; others (embeddings, bare parameters) follow them."""
-    return [(name, axis) for name, axis in family.producers if name in context.prunable]
+    places: dict[tuple[str, int], Place] = {}
+    for name, axis in family.producers:
+        weight = name if name in context.prunable else _computed(name)
+        if weight in context.prunable and (weight == name or axis == output_axis(context.model, weight)):
+            places.setdefault((weight, axis), (weight, name, axis))
+    return list(places.values())
+
+
+def _computed(name: str) -> str:
+    """The weight that is computed from a parameter, by the names that torch gives them."""
+    layer, new, _ = name.partition(".parametrizations.weight.")
+    old = re.fullmatch(r"(.*\.)?weight_(g|v|orig)", name)
+    return f"{layer}.weight" if new else f"{old[1] or ''}weight" if old else ""
 
 
 def _members(context: Context, family: Family) -> list[str]:
-    return list(dict.fromkeys(name for name, _ in _places(context, family)))
+    return list(dict.fromkeys(weight for weight, _, _ in _places(context, family)))
 
 
 def _state(context: Context, family: Family) -> Literal["shrinks", "incomplete", "fixed"]:
@@ -148,16 +167,16 @@ def _channels(context: Context, name: str, axis: int) -> Tensor:
     """Scores per position of an axis: element scores summed over everything else; channel scores as they are."""
     scores = context.scores[name]
     flat = scores if scores.dim() == 1 else scores.movedim(axis, 0).flatten(1).sum(1)
-    if len(flat) != context.model.get_parameter(name).shape[axis]:
+    if len(flat) != weight_of(context.model, name).shape[axis]:
         raise ConfigError(f"criterion: {len(flat)} channel scores of {name} for axis {axis} of its weight")
     return flat.double().cpu()
 
 
-def _pooled(context: Context, plan: Plan, place: tuple[str, int]) -> Tensor:
+def _pooled(context: Context, plan: Plan, place: Place) -> Tensor:
     """Scores by unit id: the sum over the unit's positions in one layer."""
-    name, axis = place
+    weight, name, axis = place
     ids = torch.from_numpy(plan.axes[name][axis])
-    return torch.zeros(plan.size, dtype=torch.double).index_add_(0, ids, _channels(context, name, axis))
+    return torch.zeros(plan.size, dtype=torch.double).index_add_(0, ids, _channels(context, weight, axis))
 
 
 def _reduced(members: Sequence[Tensor], family: Family, how: Reduce) -> Tensor:
@@ -176,12 +195,12 @@ def _votes(context: Context, plan: Plan, family: Family, dead: Tensor) -> tuple[
     index = np.full(plan.size, -1)
     index[family.units] = np.arange(len(family.units))
     votes = []
-    for name, axis in _places(context, family):
+    for weight, name, axis in _places(context, family):
         ids = plan.axes[name][axis]
         here = torch.from_numpy(np.flatnonzero(index[ids] >= 0))
-        scores = _channels(context, name, axis)[here].masked_fill(dead[torch.from_numpy(ids)][here], float("-inf"))
+        scores = _channels(context, weight, axis)[here].masked_fill(dead[torch.from_numpy(ids)][here], float("-inf"))
         units = torch.from_numpy(index[ids])[here]
-        votes.append(Vote(name.removesuffix(".weight"), units, scores, float(context.ratios[name])))
+        votes.append(Vote(weight.removesuffix(".weight"), units, scores, float(context.ratios[weight])))
     return tuple(votes)
 
 

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prune_cli import surgery
+from prune_cli import channels, surgery
 from prune_cli.criteria import sites
 from prune_cli.criteria.criterion import Criterion, LayerView, Norm
 from prune_cli.errors import ConfigError, nearest
@@ -227,10 +227,16 @@ class Granularity:
                 "granularity.shrink=true, but units of this granularity can only be masked; choose granularity=filter, "
                 "stripe or shrink=false"
             )
+        computed = [name for name in asked if not isinstance(targets.weight_of(model, name), nn.Parameter)]
+        if computed and not isinstance(self.units, Coupled):
+            raise ConfigError(
+                f"{computed[0]} is computed from other parameters (weight_norm, a parametrization), so single weights of it "
+                "cannot be masked; choose granularity=filter, or exclude the layer by a rule"
+            )
         self.units.check(model, asked, criterion)
         if example_inputs is None or not (self.budget or isinstance(self.units, Coupled)):
             return
-        blank = {name: torch.zeros(()).expand(model.get_parameter(name).shape) for name in asked}
+        blank = {name: torch.zeros(()).expand(targets.weight_of(model, name).shape) for name in asked}
         context = Context(model, example_inputs, blank, asked, {}, self.dependency)
         if isinstance(self.units, Coupled):
             for line in self.units.explain(context, self.named(model)):
@@ -345,7 +351,7 @@ def rows_kept(
 
     A choice by equal scores is made and its masks are counted, so that coupled layers get their family's number.
     """
-    blank = {name: torch.zeros(model.get_parameter(name).shape[sites.output_axis(model, name)]) for name in asked}
+    blank = {name: torch.zeros(targets.weight_of(model, name).shape[sites.output_axis(model, name)]) for name in asked}
     groups = granularity.units.groups(Context(model, example_inputs, blank, asked, masked, granularity.dependency))
     kept = {name: scores.numel() for name, scores in blank.items()}
     keeps = keep_units(groups, granularity, share, model, example_inputs)
@@ -375,7 +381,7 @@ def score_of(
         if need not in ("norm", "n_keep") and need not in statistics:
             raise ConfigError(f"criterion: needs the statistic {need!r} of {name}, which was not measured")
     module = model.get_submodule(name.rpartition(".")[0])
-    weight = module.get_parameter("weight").detach()
+    weight = targets.weight_of(model, name).detach()
     bias = getattr(module, "bias", None)
     axis = sites.output_axis(model, name)
     view = LayerView(
@@ -429,7 +435,26 @@ def keep_units(
     counts = ranking.counts(share)
     _report(ranking, share, counts)
     keeps = iter(ranking.keep(counts))
-    return [group.choose(share) if group.choose else next(keeps) for group in groups]
+    return _spared(groups, [group.choose(share) if group.choose else next(keeps) for group in groups])
+
+
+def _spared(groups: list[Group], keeps: list[Tensor]) -> list[Tensor]:
+    """One channel more where a layer that reads only a part of a coupled set would be left with none."""
+    structure = groups[0].structure if groups else None
+    if structure is None:
+        return keeps
+    scores = np.zeros(structure.plan.size)
+    for group in groups:
+        if group.structure is not None:
+            scores[group.structure.units] = group.scores.detach().cpu().numpy()
+    chosen = budgets.kept_units(groups, keeps)
+    kept = torch.from_numpy(channels.spared(structure.plan, chosen, scores))
+    if more := int(kept.sum()) - int(chosen.sum()):
+        log.warning("%d channels more stay, so that no layer is left without any", more)
+    return [
+        keep if group.structure is None else kept[torch.from_numpy(group.structure.units)].to(keep.device)
+        for group, keep in zip(groups, keeps, strict=True)
+    ]
 
 
 def _report(ranking: Ranking, share: Fraction, counts: Sequence[int]) -> None:

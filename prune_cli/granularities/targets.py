@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, TypeVar
 
 import yaml
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from prune_cli.config import find_file
 from prune_cli.errors import ConfigError, nearest
@@ -59,6 +59,12 @@ Chosen = TypeVar("Chosen", bound=Which)
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that can be pruned, by dotted module name, in the order of the module tree."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The weight that a layer multiplies with, by its name: a parameter, or computed where it is parametrised."""
+    weight: Tensor = getattr(model.get_submodule(name.rpartition(".")[0]), "weight")  # noqa: B009 - Module's is too wide
+    return weight
 
 
 def ratios(model: nn.Module, ratio: float, rules: Sequence[Rule], ratio_file: Path | None) -> dict[str, float | str]:

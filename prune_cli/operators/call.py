@@ -54,6 +54,7 @@ class Call:
     norm: bool = False
     layer: str = ""
     cut: bool = False  # set by a view that cut an axis with labels
+    bounds: Sequence[Tensor] = ()  # set by a slice: the positions that its bounds count
 
     def arg(self, position: int, keyword: str = "", default: Any = None) -> Any:
         """An argument by position or keyword."""

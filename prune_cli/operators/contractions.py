@@ -24,6 +24,7 @@ from prune_cli.labels import (
     vector,
 )
 from prune_cli.operators.call import (
+    ASIDE,
     Call,
     Result,
     Unsupported,
@@ -69,6 +70,9 @@ def convolution(call: Call) -> Result:
         x = torch.full((source.shape[1],), ANY)
     else:
         x = torch.full((source.shape[1],), FIXED)
+    single = groups > 1 and weight.shape[in_axis] == (groups if transposed else 1)
+    if not (marks.zero or weights.zero or single):  # what is removed would still add something
+        ledger.freeze(x)
     if transposed and groups > 1:
         w_out, w_in = _transposed_groups(ledger, x, w_out, w_in, groups, weight)
     elif groups > 1:
@@ -88,7 +92,8 @@ def convolution(call: Call) -> Result:
     elif bias is not None:
         freeze(call, bias)
     _count_convolution(call, weight, transposed)
-    return Marks(fields, Kind.DATA, bool(fields))
+    zero = (weights.zero or (single and marks.zero)) and (bias is None or marks_of(bias).zero)
+    return Marks(fields, Kind.DATA, bool(fields) and zero)
 
 
 def _plain_convolution(call: Call, marks: Marks, weights: Marks) -> Marks | None:
@@ -101,6 +106,8 @@ def _plain_convolution(call: Call, marks: Marks, weights: Marks) -> Marks | None
     if (lines[0] < 0).any():
         return None
     outs, depthwise = weight.shape[0], groups > 1
+    if not (weights.zero or (depthwise and marks.zero)) or not (bias is None or marks_of(bias).zero):
+        return None
     if depthwise and (weight.shape[1] != 1 or outs != groups or groups != source.shape[1]):
         return None
     spread = [varied(label) for label in weights.fields]
@@ -215,7 +222,8 @@ def matmul(call: Call) -> Result:
         call.ledger.producers += [slim(f).reshape(-1).numpy() for f in mine[0]]
     elif b.kind is Kind.WEIGHT:
         call.ledger.producers += [slim(f).reshape(-1).numpy() for f in mine[1]]
-    zero = a.zero or b.zero or Kind.WEIGHT in (a.kind, b.kind)
+    both = bool(mine[0]) and bool(mine[1]) and {varied(f) for f in mine[0]} == {varied(f) for f in mine[1]}
+    zero = (a.zero or b.zero) if both else (a.zero or not mine[0]) and (b.zero or not mine[1])
     if bias is not None:
         operands.append((marks_of(bias), bias.shape))
         zero = zero and marks_of(bias).zero
@@ -247,8 +255,7 @@ def _contract(
         label, other = (on_a[0], b) if on_a else (on_b[0], a)
         if other.kind is not Kind.UNIFORM:
             ledger.freeze(label)
-    weights = Kind.WEIGHT in (a.kind, b.kind)
-    if not weights and not (a.zero or b.zero):
+    if not (a.zero or b.zero):
         for label in (*on_a, *on_b):
             ledger.freeze(label)
     if b.kind is Kind.WEIGHT:
@@ -261,6 +268,41 @@ def _contract(
             if set(varied(label)) & batch - {ka - 1 if labels is on_a else -1}:
                 rest.append(ledger.tie_along(label, (k,)))  # whole heads
     return rest_a, rest_b
+
+
+def vector_product(call: Call) -> Result:
+    """``mv``, ``dot`` and ``vdot``: a matrix or a vector times a vector, as spectral_norm does with weights."""
+    left, right = call.args[:2]
+    a, b = marks_of(left), marks_of(right)
+    last = left.dim() - 1
+    met = [f for f in a.fields if last in varied(f)] + list(b.fields)
+    if any(len(varied(f)) != 1 for f in met):
+        raise Unsupported
+    _meet(call, [vector(f, varied(f)[0]) for f in met], zero=a.zero or b.zero)
+    rest = tuple(f.select(last, 0) for f in a.fields if last not in varied(f))
+    return Marks(rest, Kind.WEIGHT if a.kind is b.kind is Kind.WEIGHT else Kind.DATA, bool(rest) and a.zero)
+
+
+def distances(call: Call) -> Result:
+    """``cdist``: differences along the last axis, 0 where both are."""
+    a, b = map(marks_of, call.args[:2])
+    lines = []
+    for tensor in call.args[:2]:
+        for label in marks_of(tensor).fields:
+            if varied(label) == (tensor.dim() - 1,):
+                lines.append(vector(label, tensor.dim() - 1))
+            else:
+                call.ledger.freeze(label)
+    _meet(call, lines, zero=a.zero and b.zero)
+    return NOTHING
+
+
+def _meet(call: Call, lines: list[Tensor], *, zero: bool) -> None:
+    """Ties the two lines that are summed over; they stay where one is missing, or what is removed is not 0."""
+    for line in lines:
+        if len(lines) != 2 or not zero:
+            call.ledger.freeze(line)
+        call.ledger.tie(lines[0], line)
 
 
 def _count_matmul(call: Call, a: Marks, b: Marks, left: Tensor, right: Tensor) -> None:
@@ -290,7 +332,7 @@ def _count_matmul(call: Call, a: Marks, b: Marks, left: Tensor, right: Tensor) -
 
 def embedding(call: Call) -> Result:
     """Rows of a table: the vocabulary stays, the features are the table's second axis."""
-    table, out = call.args[0], call.out
+    table, out = call.args[0], call.out[0] if isinstance(call.out, tuple) else call.out
     marks = marks_of(table)
     fields = []
     for label in marks.fields:
@@ -299,4 +341,5 @@ def embedding(call: Call) -> Result:
         elif 1 in varied(label):
             call.ledger.producers.append(vector(label, 1).numpy())
             fields.append(along(vector(label, 1), out.dim() - 1, out.shape))
-    return Marks(tuple(fields), Kind.DATA, True)
+    result = Marks(tuple(fields), Kind.DATA, marks.zero)
+    return (result, *[ASIDE] * (len(call.out) - 1)) if isinstance(call.out, tuple) else result

@@ -100,17 +100,18 @@ def reduction(call: Call) -> Result:
         return tuple(replace(marks, zero=False) for _ in results) if len(results) > 1 else marks
     dims = _reduced(call, source)
     keep = results[0].dim() == source.dim()
+    norm = call.norm or marks.kind is Kind.WEIGHT  # what is said of a weight is said of the part that is kept
     linear = call.name in ("sum", "linalg_vector_norm", "norm", "nansum")
     fields = []
     for label in marks.fields:
         mixed = tuple(axis for axis in varied(label) if axis in dims)
         if mixed:
             rest = set(varied(label)) - set(mixed)
-            if call.norm:
+            if norm:
                 call.ledger.norms.append(slim(label).reshape(-1).numpy())
             if rest:
                 label = call.ledger.tie_along(label, mixed)
-            elif call.norm or (linear and marks.zero and call.level == 0):
+            elif norm or (linear and marks.zero and call.level == 0):
                 continue
             else:
                 call.ledger.freeze(label)
@@ -194,6 +195,33 @@ def per_channel(call: Call) -> Result:
     return tuple(marks for _ in call.out) if isinstance(call.out, (tuple, list)) else marks
 
 
+def grid_sample(call: Call) -> Result:
+    """Each channel is read at the same places; where they are must not depend on what is removed."""
+    source, grid = call.args[:2]
+    spatial = tuple(range(2, source.dim()))
+    fields = []
+    for label in marks_of(source).fields:
+        label = call.ledger.tie_along(label, spatial)
+        for axis in spatial:
+            label = label.narrow(axis, 0, 1)
+        fields.append(label.expand(call.out.shape))
+    freeze(call, grid)
+    return replace(marks_of(source), fields=tuple(fields))
+
+
+def fourier(call: Call) -> Result:
+    """Transforms mix the axes that they run along; the others keep to themselves."""
+    source, dims = call.args[:2]
+    axes = tuple(axis_of(d, source.dim()) for d in dims)
+    fields = []
+    for label in marks_of(source).fields:
+        label = call.ledger.tie_along(label, axes)
+        for axis in axes:
+            label = label.narrow(axis, 0, 1)
+        fields.append(label.expand(call.out.shape))
+    return replace(marks_of(source), fields=tuple(fields))
+
+
 def glu(call: Call) -> Result:
     """The halves of an axis gate one another: equal positions live together."""
     source = call.args[0]
@@ -245,6 +273,8 @@ def batch_norm(call: Call) -> Result:
     stays 0."""
     source, weight, bias, mean, var, training = call.args[:6]
     marks = marks_of(source)
+    if marks.kind is Kind.WEIGHT and training and source.dim() == 3 and source.shape[0] == 1:
+        return (_standardised(call, marks, weight, bias), ASIDE, ASIDE)
     if _along_channels(call, marks, (weight, bias, mean, var)):
         zero = marks_of(weight).zero if weight is not None else bool(training) and marks.zero
         return (replace(marks, kind=Kind.DATA, zero=zero), ASIDE, ASIDE)
@@ -255,6 +285,18 @@ def batch_norm(call: Call) -> Result:
     if weight is None and training:
         result = replace(result, zero=marks.zero)
     return (result, ASIDE, ASIDE)
+
+
+def _standardised(call: Call, marks: Marks, weight: Any, bias: Any) -> Marks:
+    """A weight (1, out, in * kernel) that a batch norm standardises: over the inputs that are kept, like a norm."""
+    for label in marks.fields:
+        if 2 in varied(label):
+            if varied(label) != (2,):
+                raise Unsupported
+            call.ledger.norms.append(vector(label, 2).numpy())
+    result = _affine(call, (marks, call.args[0].shape), (1,), [weight, bias])
+    zero = marks.zero if weight is None else marks_of(weight).zero
+    return replace(result, kind=Kind.WEIGHT, zero=zero and (bias is None or marks_of(bias).zero))
 
 
 def layer_norm(call: Call) -> Result:

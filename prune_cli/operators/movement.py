@@ -94,7 +94,7 @@ def reshape(call: Call) -> Result:
     if 0 in source.shape:
         raise Unsupported
     groups = _regroup(tuple(source.shape), tuple(out.shape))
-    fields = []
+    fields: list[Tensor] = []
     for label in marks.fields:
         axes = set(varied(label))
         small, target = slim(label), list(out.shape)
@@ -118,7 +118,13 @@ def reshape(call: Call) -> Result:
             view = compact(view)
         for wide in cuts:
             view = _cut(call, view, wide, len(axes))
-        fields.append(view.expand(out.shape))
+        view = view.expand(out.shape)
+        if marks.kind is Kind.DATA and any(set(varied(view)) & set(varied(other)) for other in fields):
+            call.ledger.freeze(
+                view
+            )  # one axis, two choices (heads, and widths that all heads share): the first shrinks
+        else:
+            fields.append(view)
     return replace(marks, fields=tuple(fields))
 
 
@@ -127,14 +133,14 @@ def _cut(call: Call, label: Tensor, wide: tuple[int, ...], before: int) -> Tenso
     if len(axes) <= before and len(axes) < 2:
         return label
     call.cut = True
-    mode = ["tie", "first", "freeze"][min(call.level, 2)] if call.heads is None else call.heads
+    mode = ["tie", "first", "last", "freeze"][min(call.level, 3)] if call.heads is None else call.heads
     if call.heads is not None and call.level:
         mode = "freeze"
     if mode == "freeze":
         call.ledger.freeze(label)
     elif mode == "heads":
         return call.ledger.tie_along(label, axes[-1:])
-    elif mode == "dims":
+    elif mode in ("dims", "last"):
         return call.ledger.tie_along(label, axes[:-1])
     elif mode == "first":
         return call.ledger.tie_along(label, axes[1:])
@@ -171,6 +177,11 @@ def _cut_part(call: Call, label: Tensor, axis: int, start: int, kept: int, step:
         ledger.freeze(label)
         return
     line = vector(label, axis)
+    if call.level == 0 and step == 1:
+        first, last = call.arg(2, "start") or 0, call.arg(3, "end")
+        call.bounds = [line[start:] if first < 0 else line[:start]] if start else []
+        if start + kept < n:
+            call.bounds.append(line[start + kept :] if last < 0 else line[: start + kept])
     if call.level == 0 and step > 1 and n % step == 0 and start < step:
         ledger.tie_along(line.reshape(-1, step), (1,))
     elif call.level == 0 and step == 1:
@@ -369,6 +380,38 @@ def pixel_unshuffle(call: Call) -> Result:
         copies = out.shape[axis] // source.shape[axis]
         fields.append(along(vector(label, axis).repeat_interleave(copies), axis, out.shape))
     return replace(marks, fields=tuple(fields))
+
+
+def fold(call: Call) -> Result:
+    """The inverse of unfold: the window's positions of a channel live together."""
+    source, out = call.args[0], call.out
+    axis = source.dim() - 2
+    fields = []
+    for label in marks_of(source).fields:
+        if varied(label) != (axis,):
+            raise Unsupported
+        group = vector(label, axis).reshape(out.shape[axis], -1)
+        call.ledger.tie_along(group, (1,))
+        fields.append(along(group[:, 0], axis, out.shape))
+    return replace(marks_of(source), fields=tuple(fields))
+
+
+def windows(call: Call) -> Result:
+    """``Tensor.unfold`` and pairs of real numbers as complex ones: along axes without labels only."""
+    source = call.args[0]
+    axis = axis_of(call.args[1] if call.name == "unfold" else -1, source.dim())
+    marks = marks_of(source)
+    if call.name != "view_as_real":
+        for label in marks.fields:
+            if axis in varied(label):
+                call.ledger.freeze(label)
+        marks = replace(marks, fields=tuple(label for label in marks.fields if axis not in varied(label)))
+    if call.name == "unfold":
+        return replace(marks, fields=tuple(call.func(label, *call.args[1:]) for label in marks.fields))
+    shape = call.out.shape
+    if call.name == "view_as_real":
+        return replace(marks, fields=tuple(label.unsqueeze(-1).expand(shape) for label in marks.fields))
+    return replace(marks, fields=tuple(label.select(-1, 0) for label in marks.fields))
 
 
 def channel_shuffle(call: Call) -> Result:

@@ -34,10 +34,12 @@ from prune_cli.operators.call import (
     freeze,
     merge,
 )
-from prune_cli.operators.contractions import convolution, embedding, matmul
+from prune_cli.operators.contractions import convolution, distances, embedding, matmul, vector_product
 from prune_cli.operators.mixing import (
     batch_norm,
+    fourier,
     glu,
+    grid_sample,
     group_norm,
     layer_norm,
     mixing,
@@ -52,6 +54,7 @@ from prune_cli.operators.movement import (
     cat,
     channel_shuffle,
     flip,
+    fold,
     index,
     moved,
     pad,
@@ -63,6 +66,7 @@ from prune_cli.operators.movement import (
     select,
     slices,
     split,
+    windows,
 )
 
 
@@ -149,6 +153,9 @@ RULES: dict[str, Callable[[Call], Result]] = {
     "constant_pad_nd": pad,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
+    "im2col": pixel_unshuffle,
+    "col2im": fold,
+    **dict.fromkeys(["unfold", "view_as_complex", "view_as_real"], windows),
     "channel_shuffle": channel_shuffle,
     "native_channel_shuffle": channel_shuffle,
     **dict.fromkeys(["index", "index_select", "gather"], index),
@@ -182,6 +189,8 @@ RULES: dict[str, Callable[[Call], Result]] = {
         mixing,
     ),
     "glu": glu,
+    **dict.fromkeys(["grid_sampler_2d", "grid_sampler_3d"], grid_sample),
+    **dict.fromkeys(["_fft_r2c", "_fft_c2c", "_fft_c2r"], fourier),
     "native_batch_norm": batch_norm,
     "native_layer_norm": layer_norm,
     "native_group_norm": group_norm,
@@ -190,7 +199,9 @@ RULES: dict[str, Callable[[Call], Result]] = {
     "_weight_norm_interface": weight_norm,
     "convolution": convolution,
     **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm"], matmul),
-    "embedding": embedding,
+    **dict.fromkeys(["mv", "dot", "vdot"], vector_product),
+    **dict.fromkeys(["_cdist_forward", "_euclidean_dist"], distances),
+    **dict.fromkeys(["embedding", "_embedding_bag", "_embedding_bag_forward_only"], embedding),
     "copy": write,
     "fill": write,
     "zero": write,
