@@ -105,7 +105,21 @@ def test_copy_gives_a_recipe_to_edit(prune, workplace):
     result = prune("run", "recipe=mine", *QUICK[1:])
     assert result.rows.loc["prune", "ratio_requested"] == pytest.approx(0.25)
     assert prune("copy", "quickstart", "mine").code == 2
+    assert prune("copy", "quickstart", "../outside").code == 2
+    assert not (workplace / "recipes/outside.yaml").exists()
     assert "mine" in prune("list", "recipe").out
+    file.write_text("# cut off\nstages: [train,")
+    result = prune("run", "recipe=mine")
+    assert result.code == 2 and "mine.yaml" in result.err and len(result.err.strip().splitlines()) == 1, result.err
+
+
+def test_own_recipes_in_a_folder_of_any_name(prune, workplace, monkeypatch):
+    odd = workplace / "a=b, [c]'s ü"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    assert prune("copy", "quickstart", "mine").code == 0
+    result = prune("show", "recipe=mine")
+    assert result.code == 0, result.err
 
 
 def test_user_code_and_recipes_beside_the_shipped_ones(prune, workplace, monkeypatch):
