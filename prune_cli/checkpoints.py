@@ -6,6 +6,7 @@ tensors only; what else belongs to a checkpoint is written beside it.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import logging
 import os
@@ -36,7 +37,8 @@ _SHOWN = 4
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors, torch or compressed file by name, dense and contiguous on the CPU.
 
-    A mapping under ``state_dict``, ``model_state_dict``, ``model`` or ``net`` is taken, and the prefixes of
+    A mapping under ``state_dict``, ``model_state_dict``, ``model`` or ``net`` is taken, else the only one that holds
+    tensors, and the prefixes of
     ``DistributedDataParallel`` and ``torch.compile`` are cut off. Which of the formats a file has is
     seen from its content. Tied tensors of a torch file stay tied. Zipped torch files carry checksums, which
     are compared; safetensors files carry none: whoever wrote one keeps its :func:`sha256_of`.
@@ -51,6 +53,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             head = stream.read(9)
     except OSError as error:
         raise CheckpointError(f"can't read weights {file}: {error.strerror or error}") from error
+    if not head:
+        raise CheckpointError(f"weights {file} are empty: the file has 0 bytes")
     if head.startswith(b"PRUNEDC1"):
         from prune_cli.compressed import read_compressed  # which needs this file
 
@@ -77,11 +81,19 @@ def _read_torch(file: Path) -> Any:
                 raise CheckpointError(f"weights {file} are damaged: the checksum of {broken} does not match")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols, which damaged bytes may name
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(
+                [argparse.Namespace]
+            ):  # the options of the script: attributes, no code
+                return torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # the unpickler meets arbitrary bytes, which can raise anything
         text = str(error)
+        if "TorchScript archive" in text:
+            raise CheckpointError(
+                f"weights {file} are a TorchScript archive, which is never opened because it holds code; save the "
+                "state_dict alone"
+            ) from error
         name = re.search(r"GLOBAL ([\w.]+)", text)
         if name is not None:
             raise CheckpointError(
@@ -110,6 +122,10 @@ def _state_in(content: Any, file: Path) -> dict[str, Tensor]:
             if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
                 state = state[key]
                 break
+        else:  # {"ema": {...}, "epoch": 3}: the only mapping of tensors
+            holders = [value for value in state.values() if _has_tensors(value)] if isinstance(state, Mapping) else []
+            if len(holders) == 1 and not _has_tensors(state):
+                state = holders[0]
     if isinstance(state, Mapping):
         tensors = {
             str(name): value.detach().contiguous()
@@ -124,6 +140,10 @@ def _state_in(content: Any, file: Path) -> dict[str, Tensor]:
         f"weights {file} hold no state_dict of tensors, neither at the top nor under "
         f"{', '.join(_NESTED_UNDER)}: {found}"
     )
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -131,7 +131,12 @@ def hydra_arguments(overrides: list[str]) -> list[str]:
     folders = searchpath()
     if not folders or any(text.startswith("hydra.searchpath=") for text in overrides):
         return overrides
-    return [*overrides, "hydra.searchpath=[" + ",".join(f"file://{folder}" for folder in folders) + "]"]
+    return [*overrides, "hydra.searchpath=[" + ",".join(_quoted(f"file://{folder}") for folder in folders) + "]"]
+
+
+def _quoted(text: str) -> str:
+    """A string that Hydra's grammar of overrides reads as it is, whatever characters a path has."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"
 
 
 @dataclass(frozen=True)
@@ -192,8 +197,10 @@ def plain(config: Any, overrides: list[str]) -> dict[str, Any]:
 
 
 def translate(error: Exception, overrides: list[str]) -> Exception:
-    """A composition error of Hydra or OmegaConf as a ConfigError of one line; other errors as they are."""
+    """A composition error of Hydra, OmegaConf or YAML as a ConfigError of one line; other errors as they are."""
     module = type(error).__module__
+    if module.startswith("yaml."):
+        return ConfigError(f"a recipe file is no YAML: {' '.join(str(error).split())}")
     if not module.startswith(("hydra.", "omegaconf.")):
         return error
     text = str(error)

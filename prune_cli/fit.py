@@ -11,14 +11,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from prune_cli.errors import TrainingError
 from prune_cli.masks import Enforcer, Masks
 from prune_cli.processes import ALONE, World, parallel
+
+Epochs = Annotated[int, Field(ge=0)]
+"""Passes over the training split."""
+
+BatchSize = Annotated[int, Field(ge=1)]
+"""Images per step, of all processes together."""
+
+Smoothing = Annotated[float, Field(ge=0, lt=1)]
+"""Share of the target spread over all classes."""
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, images, labels) -> scalar to minimise."""
@@ -64,14 +74,14 @@ class Options:
     precision: Literal["float32", "bf16"] = "float32"
     channels_last: bool = False
     compile: bool = False
-    accumulate: int = 1
-    clip: float | None = None
-    ema: float | None = None
-    early_stop: int | None = None
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    clip: Annotated[float, Field(gt=0)] | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    early_stop: Annotated[int, Field(ge=1)] | None = None
     select_on: Literal["last", "val", "test"] = "last"
     sync_norms: bool = False
-    eval_every: int = 1
-    checkpoint_seconds: float = 30.0
+    eval_every: Annotated[int, Field(ge=0)] = 1
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 30.0
 
 
 DEFAULTS = Options()

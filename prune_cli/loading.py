@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from prune_cli import artifacts, pruned
 from prune_cli.checkpoints import load_weights
 from prune_cli.data.dataset import Dataset
-from prune_cli.errors import ConfigError
+from prune_cli.errors import ConfigError, PruneError
 from prune_cli.granularities.storage import Form
-from prune_cli.nodes import locate, resolve
+from prune_cli.nodes import TRUSTED, locate, resolve
 from prune_cli.state import Architecture, State, derive_seed
 from prune_cli.store import read_checkpoint
 from prune_cli.surgery import Lineage, rebuild
@@ -39,7 +39,15 @@ def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: 
     def make() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "model"))
-            model = resolve(content, "model")
+            try:
+                model = resolve(content, "model")
+            except PruneError:
+                raise
+            except Exception as error:  # a builder of the user's own can raise anything
+                if str(node["_target_"]).startswith(TRUSTED):
+                    raise
+                reason = (str(error).splitlines() or [""])[0]
+                raise ConfigError(f"model: {node['_target_']} raised {type(error).__name__}: {reason}") from error
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model._target_: {node['_target_']} made a {type(model).__name__}, not a torch module")
         return model

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -113,6 +113,8 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
         console=console,
         slot=store.slot("unused"),
     )
+    _check_outputs(state)
+    _check_order(steps)
     checked = state
     for step in steps:
         if _prunes(step):
@@ -149,12 +151,60 @@ def _check(step: Step, state: State) -> State:
         the state for the checks of later stages: what `check` returns, where it returns one.
     """
     assert isinstance(step.run, functools.partial)
+    if optimizer := step.run.keywords.get("optimizer"):
+        try:
+            optimizer([torch.nn.Parameter(torch.zeros(1))])
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{step.name}.optimizer: {error}") from error
     check = getattr(sys.modules[step.run.func.__module__], "check", None)
     if check is None:
         return state
     wanted = inspect.signature(check).parameters
     given = {key: value for key, value in step.run.keywords.items() if key in wanted}
     return check(state.evolve(stage=step.name), **given) or state
+
+
+def _check_outputs(state: State) -> None:
+    """Runs one image through the network, so that one that does not fit the data is refused before training.
+
+    Raises:
+        ConfigError: it fails, or does not give a logit per class.
+    """
+    name, shape, classes = state.architecture.name, tuple(state.data.shape), state.data.num_classes
+    state.model.eval()
+    try:
+        with torch.no_grad():
+            found = state.model(state.example_inputs())
+    except Exception as error:  # a network of the user's own can raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"model={name} fails on images of {shape}: {type(error).__name__}: {reason}") from error
+    if not isinstance(found, torch.Tensor):
+        raise ConfigError(f"model={name} returns a {type(found).__name__}; it must return logits, a tensor")
+    if found.dim() != 2 or len(found) != 1 or found.shape[1] < classes:
+        raise ConfigError(
+            f"model={name} returns {tuple(found.shape)} for one image; it must return (1, {classes}), a logit per class"
+        )
+
+
+def _check_order(steps: Sequence[Step]) -> None:
+    """Refuses stages that would undo what an earlier one is there for.
+
+    A stage's file says FINAL where its result would not survive another stage.
+
+    Raises:
+        ConfigError: names both.
+    """
+    final: Step | None = None
+    for step in steps:
+        assert isinstance(step.run, functools.partial)
+        module = sys.modules[step.run.func.__module__]
+        if getattr(module, "FINAL", False):
+            final = step
+        elif final:
+            raise ConfigError(
+                f"stages: {step.name} after {final.name} would lose the shared weights; put {final.name} after it "
+                f"({final.name} fine-tunes the shared values itself: {final.name}.epochs)"
+            )
 
 
 def choose_device(name: str) -> torch.device:
@@ -178,8 +228,10 @@ def choose_device(name: str) -> torch.device:
 def _numerics(config: Mapping[str, Any]) -> None:
     if config.get("deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be reproducible
-    if config.get("threads"):
-        torch.set_num_threads(int(config["threads"]))
+    if (threads := config.get("threads")) is not None:
+        if int(threads) < 1:
+            raise ConfigError(f"threads={threads}: must be at least 1, or null for torch's choice")
+        torch.set_num_threads(int(threads))
     torch.use_deterministic_algorithms(bool(config.get("deterministic")), warn_only=False)
     torch.backends.cudnn.deterministic = bool(config.get("deterministic"))
     torch.backends.cudnn.benchmark = not config.get("deterministic")

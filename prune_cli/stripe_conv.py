@@ -203,6 +203,8 @@ class StripeConv2d(nn.Module):
 
     def _by_position(self, x: Tensor) -> Tensor:
         """One 1x1 convolution per kernel position on the strided slice of the padded input."""
+        if self.groups > 1 and self.weight.shape[1] == 1:
+            return self._depthwise(x)
         height, width = self.out_size(x)
         padded = self._pad(x)
         out: Tensor | None = None
@@ -222,6 +224,30 @@ class StripeConv2d(nn.Module):
                 out = out.index_add(1, tap.filters.to(x.device), part)  # a meta tensor has no indices elsewhere
         if out is None:
             out = x.new_zeros(x.shape[0], self.out_channels, height, width)
+        return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
+
+    def _depthwise(self, x: Tensor) -> Tensor:
+        """`_by_position` where every group is one channel: all groups at once, as they would be hundreds of calls."""
+        height, width = self.out_size(x)
+        padded = self._pad(x)
+        places: dict[tuple[int, int], list[_Tap]] = {}
+        for block in self._blocks:
+            for tap in block.taps:
+                steps = zip(block.phase, tap.shift, self.stride, strict=True)
+                top, left = (phase + shift * stride for phase, shift, stride in steps)
+                places.setdefault((top, left), []).append(tap)
+        out = x.new_zeros(x.shape[0], self.out_channels, height, width)
+        for (top, left), taps in places.items():
+            rows = torch.cat([tap.rows for tap in taps]).to(x.device)
+            filters = torch.cat([tap.filters for tap in taps]).to(x.device)
+            window = padded[
+                :,
+                filters * self.groups // self.out_channels,
+                top : top + (height - 1) * self.stride[0] + 1 : self.stride[0],
+                left : left + (width - 1) * self.stride[1] + 1 : self.stride[1],
+            ]
+            part = F.conv2d(window, self.weight[rows][:, :, None, None], groups=len(rows))
+            out = out.index_add(1, filters, part)
         return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
 
     def _fused(self, x: Tensor) -> Tensor:

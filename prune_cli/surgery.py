@@ -152,11 +152,10 @@ def structured_masks(model: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str
     Returns:
         Parameter name -> bool tensor that broadcasts to the parameter.
     """
-    named = named_tensors(model)
+    parameters = dict(model.named_parameters())  # a tensor that layers share once
     masks: dict[str, Tensor] = {}
     for name, axes in kept_indices(plan, keep).items():
-        parameter = named[name]
-        if not isinstance(parameter, nn.Parameter):
+        if (parameter := parameters.get(name)) is None:
             continue
         mask = torch.ones([1] * parameter.dim(), dtype=torch.bool, device=parameter.device)
         for axis, indices in axes.items():

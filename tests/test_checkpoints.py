@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import pickle
@@ -56,14 +57,15 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize("nested", [None, "state_dict", "model", "model_state_dict", "net"])
+@pytest.mark.parametrize("nested", [None, "state_dict", "model", "model_state_dict", "net", "ema"])
 @pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_reads_what_training_scripts_write(tmp_path: Path, nested: str | None, prefix: str, legacy: bool) -> None:
     state = Net().state_dict()
     content: object = {prefix + key: tensor for key, tensor in state.items()}
     if nested is not None:
-        content = {"epoch": 3, "acc": 91.5, nested: content, "optimizer": {"state": {}}}
+        options = argparse.Namespace(lr=0.1)
+        content = {"epoch": 3, "acc": 91.5, nested: content, "optimizer": {"state": {}}, "args": options}
     path = tmp_path / "weights.th"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     assert same(read_state_dict(path), state)
@@ -105,6 +107,12 @@ def test_tensors_come_back_contiguous_and_tied(tmp_path: Path) -> None:
 def test_refuses_files_without_weights(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=message):
+        read_state_dict(tmp_path / "a.pt")
+
+
+def test_refuses_torchscript_and_says_so(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="a TorchScript archive, which is never opened"):
         read_state_dict(tmp_path / "a.pt")
 
 

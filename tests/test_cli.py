@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from prune_cli.cli import COMMANDS
 from prune_cli.config import GROUPS, description, options
@@ -104,7 +105,21 @@ def test_copy_gives_a_recipe_to_edit(prune, workplace):
     result = prune("run", "recipe=mine", *QUICK[1:])
     assert result.rows.loc["prune", "ratio_requested"] == pytest.approx(0.25)
     assert prune("copy", "quickstart", "mine").code == 2
+    assert prune("copy", "quickstart", "../outside").code == 2
+    assert not (workplace / "recipes/outside.yaml").exists()
     assert "mine" in prune("list", "recipe").out
+    file.write_text("# cut off\nstages: [train,")
+    result = prune("run", "recipe=mine")
+    assert result.code == 2 and "mine.yaml" in result.err and len(result.err.strip().splitlines()) == 1, result.err
+
+
+def test_own_recipes_in_a_folder_of_any_name(prune, workplace, monkeypatch):
+    odd = workplace / "a=b, [c]'s ü"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    assert prune("copy", "quickstart", "mine").code == 0
+    result = prune("show", "recipe=mine")
+    assert result.code == 0, result.err
 
 
 def test_user_code_and_recipes_beside_the_shipped_ones(prune, workplace, monkeypatch):
@@ -221,6 +236,18 @@ def test_gc_keeps_what_runs_refer_to(prune, workplace):
         (("run", *QUICK, "stages=[train,sparsify,prune]"), 2, "batch norms"),
         (("run", *QUICK, "finetune.fit.select_on=val", "dataset.val=0"), 2, "dataset.val"),
         (("run", *QUICK, "distillation=hinton", "stages=[finetune]"), 2, "teacher"),
+        (("run", *QUICK, "distillation=hinton", "distillation.teacher=null"), 2, "learns from a teacher"),
+        (("run", *QUICK, "distillation=hinton", "distillation.loss.temperature=0"), 2, "temperature"),
+        (("run", *QUICK, "train.optimizer.lr=-1"), 2, "train.optimizer: Invalid learning rate"),
+        (("run", *QUICK, "train.epochs=-1"), 2, "train.epochs"),
+        (("run", *QUICK, "train.batch_size=0"), 2, "train.batch_size"),
+        (("run", *QUICK, "finetune.label_smoothing=1"), 2, "finetune.label_smoothing"),
+        (("run", *QUICK, "train.fit.accumulate=0"), 2, "train.fit.accumulate"),
+        (("run", *QUICK, "train.fit.clip=0"), 2, "train.fit.clip"),
+        (("run", *QUICK, "train.fit.ema=1"), 2, "train.fit.ema"),
+        (("run", *QUICK, "model=resnet20", "stages=[train,recalibrate]", "recalibrate.images=0"), 2, "recalibrate.images"),
+        (("run", *QUICK, "threads=0"), 2, "threads=0"),
+        (("run", *QUICK, "granularity.rules=[{names:[conv1],exclude:true}]"), 2, "no layer is left to prune"),
         (("evaluate", "nowhere"), 4, "nowhere"),
         (("list", "modle"), 2, "did you mean 'model'"),
     ],
@@ -238,6 +265,83 @@ def test_mistakes_are_one_line_on_stderr_with_a_code(prune, workplace, arguments
     assert message in lines[0]
     assert "Traceback" not in result.err
     assert not list(workplace.glob("outputs/store/*")), "nothing may be computed before the mistake is found"
+
+
+OWN = """
+import torch
+from torch import nn
+class Tied(nn.Module):
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c.weight, self.f = self.b.weight, nn.Linear(8, num_classes)
+    def forward(self, x):
+        return self.f(self.c(self.b(self.a(x).relu()).relu()).relu().mean((2, 3)))
+def broken(num_classes: int):
+    raise RuntimeError("no such thing")
+def sized():
+    return nn.Sequential(nn.Flatten(), nn.Linear(5, 10))
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+"""
+
+
+@pytest.fixture
+def own(workplace):
+    (workplace / "own.py").write_text(OWN)
+    (workplace / "recipes/model").mkdir(parents=True)
+    for name in ("Tied", "broken", "sized", "few"):
+        (workplace / f"recipes/model/{name}.yaml").write_text(f"# a network of one's own\n_target_: own.{name}\n")
+    yield
+    sys.modules.pop("own", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken", "own.broken raised RuntimeError: no such thing"),
+        ("sized", "model=sized fails on images of (1, 8, 8): RuntimeError"),
+        ("few", "must return (1, 10), a logit per class"),
+    ],
+)
+def test_own_networks_that_do_not_fit_are_refused_before_training(prune, own, workplace, name, message):
+    result = prune("run", *QUICK, f"model={name}")
+    assert result.code == 2 and message in result.err and len(result.err.strip().splitlines()) == 1, result.err
+    assert not list(workplace.glob("outputs/store/*"))
+
+
+@pytest.mark.parametrize("granularity", ["element", "n_m", "stripe", "kernel", "pattern", "filter"])
+def test_a_weight_that_layers_share_is_pruned_once(prune, own, granularity):
+    whole = 8 * 9 + 8 + 8 * 8 * 9 + 2 * 8 + 8 * 10 + 10
+    left = {
+        "element": 18 + 8 + 144 + 16 + 20 + 10, "n_m": 72 + 8 + 144 + 16 + 20 + 10, "stripe": 18 + 144,
+        "kernel": 18 + 8 + 144 + 16 + 90, "filter": 2 * 9 + 2 + 2 * 2 * 9 + 2 * 2 + 2 * 10 + 10,
+    }  # fmt: skip
+    keys = ("granularity.ratio=0.75", f"granularity={granularity}", "stages=[train,prune]")
+    result = prune("run", *QUICK, "model=Tied", *keys)
+    assert result.code == 0, result.err
+    row = result.rows.loc["prune"]
+    if granularity == "pattern":
+        assert row.ratio_prunable == pytest.approx(0.75, abs=0.01)
+    elif granularity == "stripe":  # its filters without stripes go too
+        assert row.params_nonzero <= left["stripe"] + 8 + 16 + 90
+    else:
+        assert row.params_nonzero == left[granularity] < whole
+    assert granularity != "filter" or row.params == left["filter"]
+
+
+def test_a_teacher_of_other_classes_is_refused_before_training(prune, workplace):
+    from prune_cli.models.lenet import lenet5
+
+    teacher = prune(
+        "run", *QUICK, "dataset=cifar100", "dataset.fake=true", "stages=[train]", "model=lenet_300_100"
+    ).folder
+    keys = ("model=lenet_300_100", "dataset=cifar10", "dataset.fake=true", "distillation=hinton")
+    result = prune("run", *QUICK, *keys, f"distillation.teacher={teacher / 'train'}")
+    assert result.code == 2 and "100 classes" in result.err and "starting" not in result.err, result.err
+    torch.save(lenet5(num_classes=10, in_shape=(1, 8, 8)).state_dict(), workplace / "lenet5.pt")
+    result = prune("run", *QUICK, *keys, "distillation.teacher=lenet5.pt")
+    assert result.code == 4 and "do not fit" in result.err and "starting" not in result.err, result.err
 
 
 def test_completion_offers_groups_and_options(spawn):

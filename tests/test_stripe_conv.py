@@ -52,6 +52,17 @@ def test_equals_the_masked_convolution_for_every_geometry(form, dtype, tolerance
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_depthwise_equals_the_masked_convolution(form):
+    for stride, filters in itertools.product((1, 2, (1, 3)), (6, 12)):
+        small, masked = pair(nn.Conv2d(6, filters, 3, stride, padding=1, groups=6), 0.4)
+        x = draw(2, 3, 6, 9, 8)
+        with torch.no_grad():
+            assert torch.allclose(getattr(small, form)(x), masked(x), atol=1e-5), (stride, filters)
+        height, width = small.out_size(x)
+        assert measure.cost(small, (6, 9, 8)).macs == small.macs(height, width) == len(small.stripes) * height * width
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_same_padding_other_modes_and_many_chunks(form, monkeypatch):
     monkeypatch.setattr("prune_cli.stripe_conv.CHUNK", 1)
     for arguments in (

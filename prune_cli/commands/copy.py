@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"there is no recipe {recipe!r}{nearest(recipe, known)}")
     if new in known:
         raise ConfigError(f"there is a recipe {new!r} already ({known[new]}); choose another name")
+    if not re.fullmatch(r"\w[\w-]*(/\w[\w-]*)*", new):
+        raise ConfigError(f"{new!r} is no name for a recipe; use letters, digits, _ and -, with / for a folder below")
     target = Path("recipes/recipe") / f"{new}.yaml"
     write_text(target, known[recipe].read_text().replace(f"recipe={recipe}", f"recipe={new}"))
     sys.stdout.write(f"{target}\n")

@@ -121,6 +121,9 @@ def read_image(path: Path, channels: int) -> Image.Image:
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # odd metadata; the pixels are what counts
+            if image.mode.startswith("I;16"):  # Pillow would cut off at 255 what is above
+                high = np.asarray(image.convert("I")) // 257
+                return Image.fromarray(high.astype(np.uint8)).convert("L" if channels == 1 else "RGB")
             return image.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" {str(path)!r}", "")

@@ -127,7 +127,7 @@ def find_splits(place: str | None, test: float, val: float | None, split_seed: i
         DataError: a folder that is missing, or whose content makes no dataset.
         ConfigError: `test` or `val` out of range, or `val` beside a val folder.
     """
-    if place is None:
+    if not place:
         raise DataError("image_folder needs dataset.root=FOLDER with FOLDER/{train,test}/CLASS/* or FOLDER/CLASS/*")
     root = Path(place).expanduser()
     if not root.is_dir():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from prune_cli.distillation.distillation import Outputs
+from prune_cli.errors import ConfigError
 
 
 def none(student: Outputs, teacher: Outputs | None, labels: Tensor, label_smoothing: float) -> Tensor:
@@ -19,8 +23,8 @@ def hinton(
     labels: Tensor,
     label_smoothing: float,
     *,
-    temperature: float = 4.0,
-    alpha: float = 0.9,
+    temperature: Annotated[float, Field(gt=0)] = 4.0,
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.9,
 ) -> Tensor:
     """alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + (1 - alpha) CE(z_s, y); Hinton et al., arXiv:1503.02531.
 
@@ -29,8 +33,12 @@ def hinton(
     Args:
         temperature: T > 0; 1 compares the plain probabilities.
         alpha: weight of the teacher in [0, 1]; 0 is plain cross entropy.
+
+    Raises:
+        ConfigError: there is no teacher.
     """
-    assert teacher is not None
+    if teacher is None:
+        raise ConfigError("distillation=hinton learns from a teacher: give distillation.teacher=dense or a PATH")
     hard = F.cross_entropy(student.logits, labels, label_smoothing=label_smoothing)
     soft = F.kl_div(
         F.log_softmax(student.logits.float() / temperature, dim=1),

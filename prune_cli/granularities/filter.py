@@ -110,7 +110,7 @@ class Filter:
 def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:
     """Which units have anything left, in any of their parameters: one bool per unit id."""
     keep = np.zeros(plan.size, dtype=bool)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters())  # a tensor that layers share has one mask
     for name, axes in plan.axes.items():
         if name not in parameters:
             continue

@@ -203,6 +203,11 @@ class Granularity:
             ConfigError: says why and what would be legal.
         """
         asked = self.ratios(model)
+        if not asked and (self.rules or self.ratio_file):
+            raise ConfigError(
+                "granularity: no layer is left to prune; layers that no rule or line of the file asks for stay whole, so "
+                "begin with a rule for all: rules=[{types: [default]}, {names: [...], exclude: true}]"
+            )
         if self.scope == "global" and len(set(asked.values())) > 1:
             raise ConfigError(
                 "granularity.scope=global ranks all layers together: rules may exclude, but not set ratios"

@@ -57,8 +57,16 @@ Chosen = TypeVar("Chosen", bound=Which)
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that can be pruned, by dotted module name, in the order of the module tree."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+    """The layers that can be pruned, by dotted module name, in the order of the module tree.
+
+    A weight that several layers share is there once, with the first of them.
+    """
+    own = {name for name, _ in model.named_parameters()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PRUNABLE) and f"{name}.weight" in own
+    }
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
@@ -152,6 +160,8 @@ def _from_file(found: dict[str, nn.Module], path: Path) -> dict[str, float | str
         name = str(key).removeprefix("module.")
         if name not in names:
             raise ConfigError(f"{path}: the network has no prunable parameter {key!r}{nearest(name, names)}")
+        if name in chosen:
+            raise ConfigError(f"{path}: {name} is there twice, with and without module.")
         if isinstance(value, str) and re.fullmatch(r"m\d+n\d+", value):
             chosen[name] = value
         elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:

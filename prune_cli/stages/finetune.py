@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prune_cli.distillation.distillation import Distillation
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options
+from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 from prune_cli.stages import learning
 from prune_cli.state import State
 
@@ -11,12 +11,12 @@ from prune_cli.state import State
 def finetune(
     state: State,
     *,
-    epochs: int,
-    batch_size: int,
+    epochs: Epochs,
+    batch_size: BatchSize,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
     distillation: Distillation,
-    label_smoothing: float = 0.0,
+    label_smoothing: Smoothing = 0.0,
     fit: Options,
 ) -> State:
     """Trains the pruned network; masked weights stay exactly zero after every step.

@@ -43,10 +43,11 @@ def check_options(state: State, options: Options) -> None:
 
 
 def check_teacher(state: State, distillation: Distillation) -> None:
-    """Refuses a teacher that will not be there.
+    """Refuses a teacher that will not be there, cannot be read or has other classes, and a loss that lacks one.
 
     Raises:
         ConfigError: says which key to change.
+        CheckpointError: see `load_teacher`.
     """
     if distillation.teacher == "dense" and state.dense is None:
         raise ConfigError(
@@ -55,6 +56,17 @@ def check_teacher(state: State, distillation: Distillation) -> None:
         )
     if isinstance(distillation.teacher, Path) and not distillation.teacher.exists():
         raise ConfigError(f"{state.stage}: distillation.teacher={distillation.teacher} does not exist")
+    logits = torch.zeros(1, state.data.num_classes, device=state.device)
+    taught = None if distillation.teacher is None else Outputs(logits)
+    if isinstance(distillation.teacher, Path):
+        with torch.no_grad():
+            found = load_teacher(state, distillation.teacher)(state.example_inputs())
+        if found.shape != logits.shape:
+            raise ConfigError(
+                f"{state.stage}: distillation.teacher={distillation.teacher} tells {found.shape[1]} classes apart, "
+                f"but dataset has {logits.shape[1]}"
+            )
+    distillation.loss(Outputs(logits), taught, torch.zeros(1, dtype=torch.long, device=state.device), 0.0)
 
 
 def learn(

@@ -18,7 +18,7 @@ from prune_cli.criteria.movement import Movement, moved
 from prune_cli.criteria.statistics import Calibration, Statistics, collect
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options, Progress
+from prune_cli.fit import BatchSize, LrSchedule, OptimizerFactory, Options, Progress, Smoothing
 from prune_cli.granularities.granularity import Constraint, Coupled, Granularity, Selection, select
 from prune_cli.granularities.storage import Form
 from prune_cli.processes import same_masks
@@ -86,10 +86,10 @@ def prune(
     granularity: Granularity,
     schedule: Schedule,
     distillation: Distillation,
-    batch_size: int,
+    batch_size: BatchSize,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
-    label_smoothing: float = 0.0,
+    label_smoothing: Smoothing = 0.0,
     fit: Options,
     calibration: Calibration,
 ) -> State:
@@ -314,7 +314,7 @@ def _train(
     request: Train,
     loss: loop.Loss,
     moving: Sequence[str],
-    batch_size: int,
+    batch_size: BatchSize,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
     options: Options,

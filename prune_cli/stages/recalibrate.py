@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from prune_cli.errors import ConfigError
+from prune_cli.fit import BatchSize
 from prune_cli.measure import recalibrate_bn
 from prune_cli.regularisers.norm_scales import NORMS
 from prune_cli.state import Outcome, State
 
 
-def recalibrate(state: State, *, images: int, batch_size: int) -> State:
+def recalibrate(state: State, *, images: Annotated[int, Field(ge=1)], batch_size: BatchSize) -> State:
     """Replaces every batch norm's running statistics by their mean over training images (EagleEye, arXiv:2007.02491).
 
     Args:

@@ -13,7 +13,7 @@ from prune_cli.coding import Shared, Sizes
 from prune_cli.compressed import CONV, LINEAR, Bits, Width, clusters, compress
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options
+from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 from prune_cli.granularities import targets
 from prune_cli.granularities.targets import Which
 from prune_cli.pruned import Record
@@ -23,6 +23,8 @@ from prune_cli.stripe_conv import StripeConv2d
 from prune_cli.surgery import Lineage
 
 SHARED = (*targets.PRUNABLE, StripeConv2d)  # layers whose weights may share values
+
+FINAL = True  # a later stage would give each weight its own value again
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +48,12 @@ def share(
     conv: Bits = CONV,
     linear: Bits = LINEAR,
     rules: tuple[Rule, ...] = (),
-    epochs: int,
-    batch_size: int,
+    epochs: Epochs,
+    batch_size: BatchSize,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
     distillation: Distillation,
-    label_smoothing: float = 0.0,
+    label_smoothing: Smoothing = 0.0,
     fit: Options,
 ) -> State:
     """Lets the weights of each layer take at most 2 ** bits values, trains those, and leaves a compressed file.
@@ -156,7 +158,6 @@ def check(
     conv: Bits = CONV,
     linear: Bits = LINEAR,
     rules: tuple[Rule, ...] = (),
-    epochs: int,
     distillation: Distillation,
     fit: Options,
 ) -> None:
@@ -170,8 +171,6 @@ def check(
     bits = widths(state.model, conv, linear, rules, state.stage)
     if not bits:
         raise ConfigError(f"{state.stage}: no layer is left to share weights in; exclude fewer in {state.stage}.rules")
-    if epochs < 0:
-        raise ConfigError(f"{state.stage}.epochs={epochs} must not be negative")
     names: dict[int, str] = {}
     for name, parameter in state.model.named_parameters(remove_duplicate=False):
         other = names.setdefault(id(parameter), name)

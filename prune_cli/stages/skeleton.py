@@ -15,7 +15,7 @@ from prune_cli import skeleton as method
 from prune_cli.criteria import sites
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options
+from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 from prune_cli.granularities.allot import smallest
 from prune_cli.granularities.granularity import Context, Granularity
 from prune_cli.granularities.stripe import Stripe
@@ -32,12 +32,12 @@ def skeleton(
     alpha: float,
     threshold: float,
     norm_scale: float | None = None,
-    epochs: int,
-    batch_size: int,
+    epochs: Epochs,
+    batch_size: BatchSize,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
     distillation: Distillation,
-    label_smoothing: float = 0.0,
+    label_smoothing: Smoothing = 0.0,
     fit: Options,
 ) -> State:
     """Trains weights and stripes together; what dies on the way is the mask. No fine-tuning is needed afterwards.

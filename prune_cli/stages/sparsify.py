@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options
+from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 from prune_cli.regularisers.penalty import Regulariser
 from prune_cli.stages import learning
 from prune_cli.state import State
@@ -14,11 +14,11 @@ def sparsify(
     state: State,
     *,
     regulariser: Regulariser,
-    epochs: int,
-    batch_size: int,
+    epochs: Epochs,
+    batch_size: BatchSize,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
-    label_smoothing: float = 0.0,
+    label_smoothing: Smoothing = 0.0,
     fit: Options,
 ) -> State:
     """Minimises cross entropy plus a regulariser's penalty, whose gradient is added before every optimizer step.

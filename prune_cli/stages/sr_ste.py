@@ -7,7 +7,7 @@ import logging
 from prune_cli import sr_ste as method
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options
+from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 from prune_cli.granularities.granularity import Granularity
 from prune_cli.granularities.n_m import NM
 from prune_cli.stages import learning
@@ -21,12 +21,12 @@ def sr_ste(
     *,
     granularity: Granularity,
     decay: float,
-    epochs: int,
-    batch_size: int,
+    epochs: Epochs,
+    batch_size: BatchSize,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
     distillation: Distillation,
-    label_smoothing: float = 0.0,
+    label_smoothing: Smoothing = 0.0,
     fit: Options,
 ) -> State:
     """Trains the N:M projection of the weights, then fixes it.

@@ -13,7 +13,7 @@ import torch
 from prune_cli import measure, pruned
 from prune_cli.config import find_file
 from prune_cli.errors import ConfigError
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options
+from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 from prune_cli.loading import build_architecture
 from prune_cli.nodes import locate
 from prune_cli.stages import learning
@@ -28,11 +28,11 @@ MOST = 2  # epochs of an equal-compute training, relative to the dense network's
 def train(
     state: State,
     *,
-    epochs: int,
-    batch_size: int,
+    epochs: Epochs,
+    batch_size: BatchSize,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
-    label_smoothing: float = 0.0,
+    label_smoothing: Smoothing = 0.0,
     init: str | None = None,
     init_budget: Literal["epochs", "compute"] = "epochs",
     fit: Options,

@@ -52,6 +52,15 @@ def test_pixels_and_labels_are_those_of_the_files(tmp_path: Path) -> None:
     assert data.mean == (0.485, 0.456, 0.406)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, channels: int) -> None:
+    make(tmp_path, {"train": 2, "test": 2})
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(deep).save(tmp_path / "train" / "cat" / "000.png")
+    found = image_folder(str(tmp_path), channels=channels).splits["train"].images[0]
+    assert np.array_equal(found.numpy(), np.broadcast_to(deep // 257, (channels, 8, 8)))
+
+
 def test_one_channel_and_own_statistics(tmp_path: Path) -> None:
     make(tmp_path, {"train": 2, "test": 1})
     data = image_folder(str(tmp_path), channels=1, mean=[0.4], std=[0.2])

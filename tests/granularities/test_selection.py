@@ -153,6 +153,7 @@ def test_ratio_files(tmp_path):
     for content, message in [
         ("prune_ratio: {5.weight: 0.1}", "no prunable parameter '5.weight'"),
         ("prune_ratio: {0.weight: 1.0}", "neither a ratio"),
+        ("prune_ratio: {module.0.weight: 0.5, 0.weight: 0.7}", "0.weight is there twice"),
         ("prune_ratio: [1]", "needs a mapping"),
         ("{", "cannot read"),
     ]:
