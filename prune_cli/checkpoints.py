@@ -38,9 +38,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors, torch or compressed file by name, dense and contiguous on the CPU.
 
     A mapping under ``state_dict``, ``model_state_dict``, ``model`` or ``net`` is taken, else the only one that holds
-    tensors, and the prefixes of
-    ``DistributedDataParallel`` and ``torch.compile`` are cut off. Which of the formats a file has is
-    seen from its content. Tied tensors of a torch file stay tied. Zipped torch files carry checksums, which
+    tensors, and the prefixes of ``DistributedDataParallel`` and ``torch.compile`` are cut off. Which of the formats a
+    file has is seen from its content. Tied tensors of a torch file stay tied. Zipped torch files carry checksums, which
     are compared; safetensors files carry none: whoever wrote one keeps its :func:`sha256_of`.
 
     Raises:
@@ -81,9 +80,8 @@ def _read_torch(file: Path) -> Any:
                 raise CheckpointError(f"weights {file} are damaged: the checksum of {broken} does not match")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols, which damaged bytes may name
-            with torch.serialization.safe_globals(
-                [argparse.Namespace]
-            ):  # the options of the script: attributes, no code
+            # The options of the script that saved it: attributes, no code.
+            with torch.serialization.safe_globals([argparse.Namespace]):
                 return torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise

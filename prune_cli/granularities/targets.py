@@ -61,11 +61,12 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
     A weight that several layers share is there once, with the first of them.
     """
-    own = {name for name, _ in model.named_parameters()}
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    again -= {name for name, _ in model.named_parameters()}
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, PRUNABLE) and f"{name}.weight" in own
+        if isinstance(module, PRUNABLE) and f"{name}.weight" not in again
     }
 
 
