@@ -22,7 +22,6 @@ from pydantic import Field
 from torch import Tensor
 
 from prune_cli import coding
-from prune_cli.artifacts import write_file
 from prune_cli.checkpoints import distinct
 from prune_cli.coding import BITS_OF, SEGMENT, Coded, Sizes, Stream
 from prune_cli.errors import CheckpointError, ConfigError
@@ -112,30 +111,6 @@ def compress(
     header = json.dumps(described, separators=(",", ":")).encode()
     content = b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *sections])
     return content + hashlib.sha256(content).digest(), sizes
-
-
-def write_compressed(
-    state: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    conv: Bits = CONV,
-    linear: Bits = LINEAR,
-) -> dict[str, Sizes]:
-    """Writes a state dict whose masked tensors are shared and coded; see `compress`.
-
-    Args:
-        masks: bool tensors by name of what is coded.
-        conv: width of codes for tensors of three or more axes.
-        linear: for the others.
-
-    Raises:
-        ConfigError: widths outside 1 to 8.
-        StorageError: the file can't be written.
-    """
-    widths = {name: conv if state[name].dim() > 2 else linear for name in masks}
-    content, sizes = compress(state, masks, widths)
-    write_file(Path(path), content)
-    return sizes
 
 
 def _gap(tensor: Tensor, bits: Bits) -> int:
