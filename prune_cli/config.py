@@ -175,6 +175,7 @@ def plain(config: Any, overrides: list[str]) -> dict[str, Any]:
     that the new option's file does not have, and the command line does not set, are dropped.
     """
     from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
 
     given = {text.split("=", 1)[0].lstrip("+") for text in overrides}
     with open_dict(config):
@@ -193,12 +194,22 @@ def plain(config: Any, overrides: list[str]) -> dict[str, Any]:
                 set_here = any(name == prefix or name.startswith(prefix + ".") for name in given)
                 if key not in known and not set_here and group != "stage":  # stages get more keys from their defaults
                     del node[key]
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise translate(error, overrides) from error
 
 
 def translate(error: Exception, overrides: list[str]) -> Exception:
     """A composition error of Hydra, OmegaConf or YAML as a ConfigError of one line; other errors as they are."""
     module = type(error).__module__
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        numbers = [
+            key for key, _, value in (text.partition("=") for text in overrides) if not re.search("[a-zA-Z]", value)
+        ]
+        return ConfigError(
+            f"{next((key for key in numbers if key in GROUPS), 'a group')}: options have names; see `prune list`"
+        )
     if module.startswith("yaml."):
         return ConfigError(f"a recipe file is no YAML: {' '.join(str(error).split())}")
     if not module.startswith(("hydra.", "omegaconf.")):
@@ -214,6 +225,11 @@ def translate(error: Exception, overrides: list[str]) -> Exception:
         return ConfigError(f"{key}: there is no such group in the defaults{nearest(key, GROUPS)}")
     if match := re.search(r"Error parsing override '([^']*)'", text):
         return ConfigError(f"{match.group(1)!r} is not an override; write key=value, for example seed=1")
+    if match := re.search(r"Error merging override ([^=\s]+)=", text):
+        reason = (str(error.__cause__ or "").splitlines() or [""])[0]
+        return ConfigError(
+            f"{match.group(1).lstrip('+')}: the value is of another kind than in the recipe{reason and ': ' + reason}"
+        )
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return ConfigError(f"{match.group(1)}: needs a value; give {match.group(1)}=...")
     return ConfigError(" ".join(line.strip() for line in text.splitlines() if line.strip()))

@@ -21,7 +21,7 @@ from typing import Any, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prune_cli.config import find_file
+from prune_cli.config import GROUPS, find_file
 from prune_cli.errors import ConfigError, nearest
 
 SPECIAL = ("_target_", "_partial_")
@@ -102,7 +102,10 @@ def validate(value: Any, path: str, annotation: Any) -> Any:
         ):
             names = [field.name for field in dataclasses.fields(dataclass)]
             hint = nearest(str(first["loc"][-1]), names)
-        raise ConfigError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {found!r}{hint}") from error
+        if first["type"] == "callable_type" and (group := where.rpartition(".")[2]) in GROUPS:
+            raise ConfigError(f"{where}: choose an option of the group {group} by {group}@{where}={found}") from error
+        message = f"{first['msg'][0].lower()}{first['msg'][1:]}".replace("a valid tuple", "a list")
+        raise ConfigError(f"{where}: {message}, got {found!r}{hint}") from error
 
 
 def _is_type_name(part: object) -> bool:

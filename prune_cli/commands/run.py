@@ -15,7 +15,7 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from prune_cli import artifacts
 from prune_cli.config import compose, hydra_arguments, plain, require_recipe, shipped, translate
@@ -125,7 +125,7 @@ def job(config: DictConfig) -> None:
     _logging(folder)
     try:
         if sweeping:
-            log.info("job %s: %s", settings.job.num, " ".join(settings.overrides.task))
+            log.info("job %s: %s", settings.job.num, " ".join(_given(settings)))
         _job(config, settings, folder)
         if sweeping:
             _collect(Path(settings.sweep.dir))
@@ -144,6 +144,12 @@ def job(config: DictConfig) -> None:
         )
 
 
+def _given(settings: Any) -> list[str]:
+    """The overrides of the command line as they were given, with their interpolations."""
+    found: list[str] = OmegaConf.to_container(settings.overrides.task, resolve=False)  # type: ignore[assignment]
+    return found
+
+
 def _leave(error: PruneError, code: int) -> None:
     """Ends the process. Not an Exception: Hydra would print lines of its own about it."""
     if os.environ.get("PRUNE_DEBUG"):
@@ -155,7 +161,7 @@ def _leave(error: PruneError, code: int) -> None:
 def _job(config: DictConfig, settings: Any, folder: Path) -> None:
     from prune_cli.console import results_table
 
-    content = plain(config, list(settings.overrides.task))
+    content = plain(config, _given(settings))
     choices = {str(key): str(value) for key, value in settings.runtime.choices.items()}
     artifacts.write_text(folder / artifacts.CONFIG, yaml.safe_dump(content, sort_keys=False))
     artifacts.write_json(folder / artifacts.CHOICES, choices)

@@ -176,6 +176,11 @@ class _Decoder(Dataset[Tensor | str]):
         return torch.from_numpy(pixels)
 
 
+def at_most(workers: int) -> int:
+    """As many of the processes asked for as this one may use CPUs: more would only make each other wait."""
+    return min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def decode(files: Files, size: int | None, channels: int, shape: tuple[int, int, int], workers: int) -> Tensor:
     """All images as uint8 `(N, *shape)`.
 
@@ -193,7 +198,7 @@ def decode(files: Files, size: int | None, channels: int, shape: tuple[int, int,
         _Decoder(files, size, channels, shape),
         batch_size=None,
         sampler=range(0, len(files), _CHUNK),
-        num_workers=workers if len(files) >= _WORTH_WORKERS else 0,
+        num_workers=at_most(workers) if len(files) >= _WORTH_WORKERS else 0,
         generator=torch.Generator().manual_seed(0),  # else the global generator would move
     )
     pixels = torch.empty((len(files), *shape), dtype=torch.uint8)

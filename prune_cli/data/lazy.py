@@ -20,7 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from prune_cli.data.arrays import check_limit, check_split
 from prune_cli.data.augment import affine, normalise
 from prune_cli.data.dataset import Batch, Shard
-from prune_cli.data.files import Files, centre, read_image, to_pixels
+from prune_cli.data.files import Files, at_most, centre, read_image, to_pixels
 from prune_cli.data.splits import balanced, check_batch, dealt, generator, shard_bounds, steps
 from prune_cli.errors import ConfigError, DataError
 
@@ -216,7 +216,7 @@ def _batches(data: LazyData, reader: _Reader, indices: Sequence[np.ndarray]) -> 
         reader,
         batch_size=None,
         sampler=indices,  # type: ignore[arg-type]  # one item is a whole batch
-        num_workers=data.workers,
+        num_workers=at_most(data.workers),
         pin_memory=data.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # else the global generator would move
     )
