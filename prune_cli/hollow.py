@@ -50,8 +50,7 @@ NO_BLOCK = np.zeros(0, np.float32)
 
 
 def skipped(pages: Pages, name: str, mutable: bool, args: tuple[Any, ...]) -> Any:
-    """The output of a light operator on a hollow activation without computing it; None if it must be
-    computed."""
+    """The output of a light operator on a hollow activation without computing it; None if it must be computed."""
     source = args[0]
     if not isinstance(source, Tensor) or not getattr(source, "_prune_hollow", False) or not source.is_contiguous():
         return None

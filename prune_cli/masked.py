@@ -1,8 +1,7 @@
 """The masked dense network as a reference: what the shrunk one must compute.
 
-Masks zero channels, which is exact for every operator but one kind: a norm over channels (LayerNorm,
-GroupNorm, RMSNorm)
-counts the zeros. Here those operators see only the channels that are kept.
+Masks zero channels, which is exact for every operator but one kind: a norm over channels (LayerNorm, GroupNorm,
+RMSNorm) counts the zeros. Here those operators see only the channels that are kept.
 """
 
 from __future__ import annotations
@@ -144,8 +143,7 @@ def forward(model: nn.Module, plan: Plan, keep: np.ndarray, example: Example) ->
 
 
 def difference(model: nn.Module, shrunk: Shrunk, example: Example) -> float:
-    """Largest absolute difference of the outputs of the shrunk and the masked network, relative to the
-    largest output.
+    """Largest absolute difference of the outputs of the shrunk and the masked network, relative to the largest output.
 
     Args:
         model: The dense network, both in evaluation.

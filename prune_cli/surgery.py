@@ -1,9 +1,7 @@
 """Makes a network really smaller: masks, slicing, and the way back from a file.
 
-``shrink`` selects the kept positions of every parameter axis and returns a new module; the dense one is
-left as it
-was. ``Lineage`` says what was kept in terms of the dense network, so a fresh process can ``rebuild`` the
-small one.
+``shrink`` selects the kept positions of every parameter axis and returns a new module; the dense one is left as it was.
+``Lineage`` says what was kept in terms of the dense network, so a fresh process can ``rebuild`` the small one.
 """
 
 from __future__ import annotations
@@ -145,8 +143,7 @@ def kept_indices(plan: Plan, keep: np.ndarray) -> dict[str, dict[int, np.ndarray
 def structured_masks(model: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str, Tensor]:
     """Masks of the parameters that a ``keep`` array touches (True = keep).
 
-    Zeroes the producers' rows, biases and norm parameters and the consumers' columns, so that the masked
-    network
+    Zeroes the producers' rows, biases and norm parameters and the consumers' columns, so that the masked network
     computes what the shrunk one does, norms over channels excepted.
 
     Returns:
@@ -324,10 +321,8 @@ def check(small: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str, float]:
 def shrink(model: nn.Module, plan: Plan, keep: np.ndarray, optimizer: torch.optim.Optimizer | None = None) -> Shrunk:
     """Removes units and returns a new, smaller module.
 
-    Parameter names, ties, hooks, ``requires_grad``, gradients and the modes survive. The dense model stays
-    as it was.
-    Where an operator can't follow, the channels that touch it are kept, and ``Shrunk.plan`` says so in a
-    warning.
+    Parameter names, ties, hooks, ``requires_grad``, gradients and the modes survive. The dense model stays as it was.
+    Where an operator can't follow, the channels that touch it are kept, and ``Shrunk.plan`` says so in a warning.
 
     Args:
         model: The network that the plan was made for.
@@ -386,8 +381,7 @@ def _cut(
 
 
 def translate(plan: Plan, keep: np.ndarray, other: Plan) -> np.ndarray:
-    """The choice in the units of another plan of the same network: a unit stays if any of its positions
-    stayed."""
+    """The choice in the units of another plan of the same network: a unit stays if any of its positions stayed."""
     present = keep.copy()
     present[0] = True
     result = np.zeros(other.size, dtype=bool)

@@ -1,10 +1,7 @@
-"""Widths that live in Python: module attributes (``in_channels``, ``normalized_shape``, ``num_heads``) that
-must follow.
+"""Widths that live in Python: module attributes (``in_channels``, ``normalized_shape``, ``num_heads``) that must follow.
 
-Known layers take theirs from their new weights. In other modules an integer that equals an old size near by
-(the
-module's own parameters, else those of the layers inside it, else the heads that its views cut) gets the new
-size. A
+Known layers take theirs from their new weights. In other modules an integer that equals an old size near by (the
+module's own parameters, else those of the layers inside it, else the heads that its views cut) gets the new size. A
 wrong guess is harmless: the check forward refuses it and the channels are kept.
 """
 

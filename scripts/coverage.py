@@ -1,11 +1,8 @@
 """Which networks prune, and exactly: one row per model, as CSV and as text.
 
-Every family of every model loses half of its units (random scores), the final classifier stays. The small
-network must
-run, train one step, equal the masked dense network (norms over channels see the kept ones), and hold
-exactly the
-parameters that the plan's arithmetic predicts. The peer (torch-pruning) runs in its own process with a time
-limit.
+Every family of every model loses half of its units (random scores), the final classifier stays. The small network must
+run, train one step, equal the masked dense network (norms over channels see the kept ones), and hold exactly the
+parameters that the plan's arithmetic predicts. The peer (torch-pruning) runs in its own process with a time limit.
 
     python scripts/coverage.py --models 'resnet.*' --out outputs/coverage.csv --peer --limit 120
     python scripts/coverage.py --out outputs/coverage.csv --peer       # everything, an hour

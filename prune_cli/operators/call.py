@@ -1,10 +1,8 @@
 """One executed operator as a rule sees it, and what most rules need.
 
-A rule gets the call with its real arguments and output and returns the marks of the output. Rules take a
-*level*, which
-the check after surgery raises for an operator that could not follow the new widths: level 0 trusts the code
-to
-follow, higher levels fix the sizes that the code spells out, the last level freezes.
+A rule gets the call with its real arguments and output and returns the marks of the output. Rules take a *level*, which
+the check after surgery raises for an operator that could not follow the new widths: level 0 trusts the code to follow,
+higher levels fix the sizes that the code spells out, the last level freezes.
 """
 
 from __future__ import annotations
