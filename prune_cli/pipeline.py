@@ -6,6 +6,7 @@ taking from the store what is there and adding what is not.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -156,6 +157,8 @@ def _check(step: Step, state: State) -> State:
             optimizer([torch.nn.Parameter(torch.zeros(1))])
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{step.name}.optimizer: {error}") from error
+    if step.run.keywords.get("epochs"):
+        _check_last_batch(state, step.name, int(step.run.keywords["batch_size"]))
     check = getattr(sys.modules[step.run.func.__module__], "check", None)
     if check is None:
         return state
@@ -184,6 +187,25 @@ def _check_outputs(state: State) -> None:
         raise ConfigError(
             f"model={name} returns {tuple(found.shape)} for one image; it must return (1, {classes}), a logit per class"
         )
+
+
+def _check_last_batch(state: State, stage: str, batch_size: int) -> None:
+    """Refuses a batch of a single image where the network cannot train on one, as batch norms of 1x1 maps.
+
+    Raises:
+        ConfigError: which key to change.
+    """
+    batches = state.data.train(batch_size, 0)
+    if len(batches) == 0 or batches.size(len(batches) - 1) != 1:
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(state.model).train()(state.example_inputs())
+    except ValueError as error:
+        raise ConfigError(
+            f"{stage}.batch_size={batch_size} leaves one image of {state.data.sizes['train']} for the last batch, on which "
+            f"model={state.architecture.name} cannot train ({str(error).splitlines()[0]}); choose another"
+        ) from error
 
 
 def _check_order(steps: Sequence[Step]) -> None:

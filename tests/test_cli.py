@@ -334,6 +334,32 @@ def test_a_weight_that_layers_share_is_pruned_once(prune, own, granularity):
     assert granularity != "filter" or row.params == left["filter"]
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise ValueError('no idea')", "scoring conv1.weight raised ValueError: no idea"),
+        ("return view.weight.sum()", "have shape ()"),
+        ("return 1.0", "are a float, not a tensor"),
+    ],
+)
+def test_own_criteria_are_tried_before_training(prune, workplace, monkeypatch, body, message):
+    (workplace / "scores.py").write_text(f"def mine(view):\n    {body}\n")
+    monkeypatch.delitem(sys.modules, "scores", raising=False)
+    (workplace / "recipes/criterion").mkdir(parents=True)
+    (workplace / "recipes/criterion/mine.yaml").write_text(
+        "# one's own\nscore: {_target_: scores.mine, _partial_: true}\nlevel: element\nneeds: []\n"
+    )
+    result = prune("run", *QUICK, "criterion=mine")
+    assert result.code == 2 and message in result.err and "starting" not in result.err, result.err
+
+
+def test_a_last_batch_of_one_image_is_refused_where_norms_need_two(prune):
+    keys = ("model=torchvision", "model.name=resnet18", "dataset=fake", "dataset.train=9", "dataset.shape=[3,32,32]")
+    result = prune("run", "recipe=quickstart", *keys, "train.batch_size=8")
+    assert result.code == 2 and "leaves one image of 9 for the last batch" in result.err, result.err
+    assert prune("show", "recipe=quickstart", *keys, "train.batch_size=7", "finetune.batch_size=7").code == 0
+
+
 def test_a_teacher_of_other_classes_is_refused_before_training(prune, workplace):
     from prune_cli.models.lenet import lenet5
 
