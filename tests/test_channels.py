@@ -482,6 +482,29 @@ class Experts(nn.Module):
         return y
 
 
+class Routed(nn.Module):
+    """Each row goes to one layer; a layer may get none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 3), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, chosen = torch.zeros_like(x), self.gate(x).argmax(-1)
+        for number, expert in enumerate(self.experts):
+            y[chosen == number] = expert(x[chosen == number])
+        return x + y
+
+
+def test_layers_that_got_no_rows_of_the_example_shrink_too() -> None:
+    model = randomise(nn.Sequential(nn.Linear(3, 8), Routed(), nn.Linear(8, 4)))
+    shrunk = halve(model, example(4, 3))
+    assert not shrunk.plan.warnings and all(e.in_features == e.out_features == 4 for e in shrunk.model[1].experts)
+    for number in range(3):
+        shrunk.model[1].gate.bias.data = 99.0 * torch.eye(3, dtype=torch.float64)[number]
+        assert shrunk.model(example(4, 3)).shape == (4, 4)
+
+
 def test_what_did_not_run_on_the_example_still_fits() -> None:
     model = nn.Sequential(nn.Linear(3, 8), Experts(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
     with torch.no_grad():

@@ -345,6 +345,10 @@ def index(call: Call) -> Result:
             continue
         if call.name == "gather":
             raise Unsupported
+        if 0 in out.shape and out.dim() == source.dim() and len(axes) == 1:  # rows that the data choose: none here
+            axis = next(iter(axes))
+            fields.append(label.narrow(axis, 0, 1).expand(out.shape))
+            continue
         fields.append(compact(call.func(label.contiguous(), *func_args)))
     if any(label.shape != out.shape for label in fields):
         raise Unsupported
