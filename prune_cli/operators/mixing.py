@@ -131,6 +131,10 @@ def reduction(call: Call) -> Result:
         "norm",
         "max",
         "min",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
     )
     result = Marks(tuple(fields), marks.kind if fields else Kind.DATA, zero)
     return result if len(results) == 1 else tuple(result for _ in results)

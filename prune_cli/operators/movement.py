@@ -47,10 +47,15 @@ def flip(call: Call) -> Result:
 
 
 def repeat(call: Call) -> Result:
-    """Repeats: the same operator on the labels, then constant axes are found again."""
-    marks = marks_of(call.args[0])
-    fields = tuple(compact(call.func(label, *call.args[1:], **call.kwargs)) for label in marks.fields)
-    return replace(marks, fields=fields)
+    """Repeats: the same operator on the labels, then constant axes are found again; a kernel repeated for every channel
+    fits any number of them."""
+    source, shape = call.args[0], call.out.shape
+    marks = marks_of(source)
+    fields = [compact(call.func(label, *call.args[1:], **call.kwargs)) for label in marks.fields]
+    if marks.kind is Kind.WEIGHT and source.dim() == len(shape) > 2 and source.shape[0] == 1 < shape[0]:
+        fields.append(along(call.ledger.fresh(shape[0]), 0, shape))
+        marks = replace(marks, zero=False)
+    return replace(marks, fields=tuple(fields))
 
 
 def roll(call: Call) -> Result:
