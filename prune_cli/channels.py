@@ -1,6 +1,6 @@
 """Which channels depend on which, what a candidate costs, and which units to remove.
 
-``analyse`` executes the network once on labels (labels.py, operators.py, trace.py), solves the equations and tries the
+``analyse`` executes the network once on labels (labels.py, operators/, labeller.py), solves the equations and tries the
 plan out on a hollow small network (surgery.py does the real one). A *unit* is what lives or dies together: a set of
 positions of parameter axes. Everything else is arithmetic on arrays of unit ids.
 """
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prune_cli import attention, labeller
 from prune_cli import trace as tracing
 from prune_cli.errors import SurgeryError
 from prune_cli.labels import Ledger, flat, marks_of
@@ -130,14 +131,14 @@ def _stricter(model: nn.Module, plan: Plan, error: Refused) -> Plan:
     """A plan that keeps the channels of one more operator, the one that did not follow."""
     strictness = plan.strictness
     module = dict(model.named_modules()).get(error.layer)
-    code = tracing.code_of(module)
+    code = attention.code_of(module)
     if (
         module is not None
-        and (tracing.has_heads(module) or error.name == "view")
+        and (attention.has_heads(module) or error.name == "view")
         and code
         and code not in strictness.tied
-        and type(module).__name__ not in tracing.TIED_ATTENTION
-        and tracing.query_projection(module)
+        and type(module).__name__ not in attention.TIED_ATTENTION
+        and attention.query_projection(module)
     ):
         strictness = replace(strictness, tied=strictness.tied | {code})
         return _label(model, plan.example, strictness, plan.refused)
@@ -196,7 +197,7 @@ def _label(model: nn.Module, example: Example, strictness: Strictness, refused: 
     ledger = Ledger()
     modules = walk(model)
     traces: list[Trace] = []
-    parameters = tracing.mark_parameters(model, modules, ledger, strictness.tied)
+    parameters = labeller.mark_parameters(model, modules, ledger, strictness.tied)
     try:
         trace, used = _run(model, example, modules, ledger, strictness, training=False)
         traces.append(trace)
@@ -212,7 +213,7 @@ def _label(model: nn.Module, example: Example, strictness: Strictness, refused: 
         idle = [name for name, (tensor, _) in parameters.items() if id(tensor) not in used]
         refused = tuple(dict.fromkeys((*refused, *_undecided(traces, idle, ledger))))
     finally:
-        tracing.unmark(parameters)
+        labeller.unmark(parameters)
     classes = ledger.solve()
     plan = _plan(model, example, parameters, ledger, classes, traces, refused)
     return replace(plan, strictness=strictness)
@@ -229,11 +230,11 @@ def _run(
 ) -> tuple[Trace, set[int]]:
     """The trace, and the identities of the tensors that took part."""
     trace = Trace(training)
-    labeller = tracing.Labeller(modules, ledger, trace, strictness)
-    for output in tracing.execute(model, example, labeller, training):
+    tracer = labeller.Labeller(modules, ledger, trace, strictness)
+    for output in tracing.execute(model, example, tracer, training):
         for label in marks_of(output).fields:
             ledger.freeze(label)
-    return trace, labeller.used
+    return trace, tracer.used
 
 
 def _undecided(traces: list[Trace], idle: list[str], ledger: Ledger) -> Iterator[str]:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prune_cli.attention import scales_queries
 from prune_cli.labels import NOTHING, Kind, Marks, beside_labels, varied
 from prune_cli.operators.movement import padded
-from prune_cli.trace import FREE, LOCAL, Modules, Refused, Step, Trace, Tracer, scalar_of, scales_queries
+from prune_cli.trace import FREE, LOCAL, Modules, Refused, Step, Trace, Tracer, scalar_of
 
 RESHAPES = {"view", "_unsafe_view"}
 

@@ -68,7 +68,7 @@ def varied(label: Tensor) -> tuple[int, ...]:
 
 def slim(label: Tensor) -> Tensor:
     """The field with every axis along which it does not vary cut to size 1 (a view)."""
-    size = [n if stride else min(n, 1) for n, stride in zip(label.shape, label.stride(), strict=True)]
+    size = [n if stride else 1 for n, stride in zip(label.shape, label.stride(), strict=True)]
     return label.as_strided(size, label.stride())
 
 

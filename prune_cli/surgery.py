@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_cli import channels, stripe_conv, trace, widths
+from prune_cli import attention, channels, stripe_conv, trace, widths
 from prune_cli.channels import Plan
 from prune_cli.checker import Checker
 from prune_cli.errors import SurgeryError, nearest
@@ -401,7 +401,7 @@ def _scales(dense: nn.Module, small: nn.Module, changes: Mapping[str, float]) ->
         return found
     named = named_tensors(small)
     for name, module in walk(dense):
-        projection = trace.query_projection(module) if name in changes else None
+        projection = attention.query_projection(module) if name in changes else None
         if projection is None:
             continue
         weight = module.get_parameter(projection)

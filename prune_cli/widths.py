@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from prune_cli.attention import HEAD_COUNTS
 from prune_cli.labels import varied
 from prune_cli.modules import names_a_width, walk, widths_of
-from prune_cli.trace import HEAD_COUNTS, Trace
+from prune_cli.trace import Trace
 
 Edits = dict[str, dict[str, Any]]
 NO_NUMBERS = frozenset({bool, float, str, type(None), dict, OrderedDict, set})

@@ -147,6 +147,45 @@ def test_criteria_of_the_command_line(criterion):
     assert small[0].out_channels == 4
 
 
+class Half(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def halved(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Half())
+    return layer
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.parametrizations.spectral_norm,
+     nn.utils.spectral_norm, halved],
+)  # fmt: skip
+def test_layers_whose_weight_is_computed_shrink_by_that_weight(norm, tmp_path):
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), norm(nn.Conv2d(8, 8, 1)), nn.Flatten(), nn.Linear(128, 4)
+        ).eval()
+
+    model = network()
+    model(IMAGE)
+    sizes = model[0].weight.detach().abs().sum((1, 2, 3))
+    kept = sizes.argsort(descending=True)[:4].sort().values
+    small = shrink(model, IMAGE)
+    assert torch.allclose(small[0].bias, model[0].bias[kept])
+    save_pruned(small, tmp_path)
+    small(IMAGE).sum().backward()
+    assert torch.equal(load_pruned(tmp_path, model=network())(IMAGE), small.eval()(IMAGE))
+
+
+def test_criteria_of_gradients_say_that_a_computed_weight_has_none():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.Flatten(), nn.Linear(128, 4))
+    with pytest.raises(ConfigError, match="not measured"):
+        shrink(model, IMAGE, criterion="taylor", batches=[(IMAGE, torch.zeros(1, dtype=torch.long))])
+
+
 def test_own_data_and_loss_decide_what_stays(own):
     """Gradients of a loss that reads one half of the units leave the other half with a score of zero."""
     model = own.Two()

@@ -380,6 +380,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, float]] = {
                                    a=conv(2, 2, groups=2), b=conv(14, 14, groups=14), c=conv(16, 4)), (1, 3, 4, 4), 0.9),
     "multi-query attention": (lambda: Body(shared_values, a=nn.Linear(3, 8), q=nn.Linear(8, 16), k=nn.Linear(8, 4), v=nn.Linear(8, 4),
                                            b=nn.Linear(16, 4)), (2, 5, 3), 0.6),
+    "constant kernel": (lambda: Body(lambda m, x: (lambda y: m.b(F.conv2d(y, torch.full((1, 1, 2, 2), 0.25, dtype=y.dtype).repeat(
+        y.shape[1], 1, 1, 1), groups=y.shape[1])))(m.a(x)), a=conv(3, 8), b=conv(8, 4)), (1, 3, 4, 4), 0.6),
+    "blur": (lambda: Body(lambda m, x: (lambda y: m.b(F.conv2d(y, m.k.running_var.view(1, 1, 2, 2).repeat(y.shape[1], 1, 1, 1),
+                                                               groups=y.shape[1])))(m.a(x)), a=conv(3, 8), b=conv(8, 4),
+                          k=nn.BatchNorm1d(4, affine=False)), (1, 3, 4, 4), 0.65),
+    "sum of deviations": (lambda: Body(lambda m, x: m.b(m.a(x)) + m.a(x).std((2, 3), keepdim=True).sum(1, keepdim=True), a=conv(3, 8),
+                                       b=conv(8, 4)), (1, 3, 4, 4), 0.6),
     "embedding bag": (lambda: nn.Sequential(nn.EmbeddingBag(10, 8), nn.Linear(8, 4)), "tokens", 0.6),
     "grid sample": (lambda: Body(sampled, a=conv(3, 8), b=conv(8, 4)), (1, 3, 4, 4), 0.6),
     "fourier": (with_spectrum, (1, 3, 4, 4), 0.6),
@@ -480,6 +487,29 @@ class Experts(nn.Module):
             if (chosen == number).any():
                 y = y + (chosen == number).to(x.dtype)[:, None] * expert(x)
         return y
+
+
+class Routed(nn.Module):
+    """Each row goes to one layer; a layer may get none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 3), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, chosen = torch.zeros_like(x), self.gate(x).argmax(-1)
+        for number, expert in enumerate(self.experts):
+            y[chosen == number] = expert(x[chosen == number])
+        return x + y
+
+
+def test_layers_that_got_no_rows_of_the_example_shrink_too() -> None:
+    model = randomise(nn.Sequential(nn.Linear(3, 8), Routed(), nn.Linear(8, 4)))
+    shrunk = halve(model, example(4, 3))
+    assert not shrunk.plan.warnings and all(e.in_features == e.out_features == 4 for e in shrunk.model[1].experts)
+    for number in range(3):
+        shrunk.model[1].gate.bias.data = 99.0 * torch.eye(3, dtype=torch.float64)[number]
+        assert shrunk.model(example(4, 3)).shape == (4, 4)
 
 
 def test_what_did_not_run_on_the_example_still_fits() -> None:

@@ -148,6 +148,8 @@ def _groups(
     """A grouped convolution, weight (out, in / groups, ...)."""
     inputs = x.reshape(groups, -1)
     if w_out is None:
+        if len(x) == groups == len(weight) and bool((weight == weight[:1]).all()):  # one constant kernel for all
+            return x, w_in
         ledger.freeze(x)
         return w_out, w_in
     outputs = w_out.reshape(groups, -1)
@@ -192,6 +194,9 @@ def _count_convolution(call: Call, weight: Tensor, transposed: bool) -> None:
     factors = tuple(vector(f, a) for f in marks_of(weight).fields for a in varied(f) if a < 2)
     if factors and transposed and groups > 1 and weight.shape[0] == groups and len(factors) > 1:
         factors = factors[:1]
+    carried = marks_of(source).fields if groups == source.shape[1] == weight.shape[0] and not factors else ()
+    if len(carried) == 1 and varied(carried[0]) == (1,):  # a constant kernel per channel
+        factors = (vector(carried[0], 1),)
     static = total // math.prod(f.numel() for f in factors)
     call.ledger.work.append(Work(call.layer, static, factors))
     if not (groups > 1 and source.shape[1] == groups):

@@ -131,6 +131,10 @@ def reduction(call: Call) -> Result:
         "norm",
         "max",
         "min",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
     )
     result = Marks(tuple(fields), marks.kind if fields else Kind.DATA, zero)
     return result if len(results) == 1 else tuple(result for _ in results)
@@ -198,15 +202,17 @@ def per_channel(call: Call) -> Result:
 def grid_sample(call: Call) -> Result:
     """Each channel is read at the same places; where they are must not depend on what is removed."""
     source, grid = call.args[:2]
-    spatial = tuple(range(2, source.dim()))
+    out = call.out[0] if isinstance(call.out, tuple) else call.out
+    others = (0, *range(2, source.dim()))
     fields = []
     for label in marks_of(source).fields:
-        label = call.ledger.tie_along(label, spatial)
-        for axis in spatial:
+        label = call.ledger.tie_along(label, others)
+        for axis in others:
             label = label.narrow(axis, 0, 1)
-        fields.append(label.expand(call.out.shape))
+        fields.append(label.expand(out.shape))
     freeze(call, grid)
-    return replace(marks_of(source), fields=tuple(fields))
+    result = replace(marks_of(source), fields=tuple(fields))
+    return (result, *[ASIDE] * (len(call.out) - 1)) if isinstance(call.out, tuple) else result
 
 
 def fourier(call: Call) -> Result:

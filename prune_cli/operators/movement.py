@@ -48,10 +48,15 @@ def flip(call: Call) -> Result:
 
 
 def repeat(call: Call) -> Result:
-    """Repeats: the same operator on the labels, then constant axes are found again."""
-    marks = marks_of(call.args[0])
-    fields = tuple(compact(call.func(label, *call.args[1:], **call.kwargs)) for label in marks.fields)
-    return replace(marks, fields=fields)
+    """Repeats: the same operator on the labels, then constant axes are found again; a kernel repeated for every channel
+    fits any number of them."""
+    source, shape = call.args[0], call.out.shape
+    marks = marks_of(source)
+    fields = [compact(call.func(label, *call.args[1:], **call.kwargs)) for label in marks.fields]
+    if marks.kind is Kind.WEIGHT and source.dim() == len(shape) > 2 and source.shape[0] == 1 < shape[0]:
+        fields.append(along(call.ledger.fresh(shape[0]), 0, shape))
+        marks = replace(marks, zero=False)
+    return replace(marks, fields=tuple(fields))
 
 
 def roll(call: Call) -> Result:
@@ -346,6 +351,10 @@ def index(call: Call) -> Result:
             continue
         if call.name == "gather":
             raise Unsupported
+        if 0 in out.shape and out.dim() == source.dim() and len(axes) == 1:  # rows that the data choose: none here
+            axis = next(iter(axes))
+            fields.append(label.narrow(axis, 0, 1).expand(out.shape))
+            continue
         fields.append(compact(call.func(label.contiguous(), *beside_labels(func_args))))
     if any(label.shape != out.shape for label in fields):
         raise Unsupported

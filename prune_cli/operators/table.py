@@ -24,6 +24,7 @@ from prune_cli.labels import (
     Work,
     compact,
     marks_of,
+    varied,
     without_fields,
 )
 from prune_cli.operators.call import (
@@ -96,6 +97,27 @@ def write(call: Call) -> Result:
     if base is not None and fields and not marks.fields:
         _write_base(call, base, target, fields)
     return Marks(fields, Kind.DATA if fields else origin.kind, origin.zero and (marks.zero or not marks.fields))
+
+
+def index_put(call: Call) -> Result:
+    """``x[rows] = values``: what the rows and the values are along the axes that are not indexed must be the same."""
+    target, indices, values = call.args[:3]
+    if target._base is not None or any(index is None for index in indices):
+        freeze(call, target._base)
+        raise Unsupported
+    first = sum(index.dim() if index.dtype in (torch.bool, torch.uint8) else 1 for index in indices)
+    shape = call.out.shape[first:]
+    operands = []
+    for tensor in (target, values):
+        marks, trailing = marks_of(tensor), min(len(shape), tensor.dim())
+        lead = tensor.dim() - trailing
+        if any(axis < lead for label in marks.fields for axis in varied(label)):
+            raise Unsupported
+        fields = tuple(f.as_strided(f.shape[lead:], f.stride()[lead:], f.storage_offset()) for f in marks.fields)
+        operands.append((replace(marks, fields=fields), tensor.shape[lead:]))
+    fields = tuple(label.expand(call.out.shape) for label in merge(call, shape, operands))
+    freeze(call, list(indices))
+    return Marks(fields, Kind.DATA, all(marks.zero for marks, _ in operands))
 
 
 def _write_base(call: Call, base: Tensor, view: Tensor, fields: tuple[Tensor, ...]) -> None:
@@ -189,7 +211,7 @@ RULES: dict[str, Callable[[Call], Result]] = {
         mixing,
     ),
     "glu": glu,
-    **dict.fromkeys(["grid_sampler_2d", "grid_sampler_3d"], grid_sample),
+    **dict.fromkeys(["grid_sampler_2d", "grid_sampler_3d", "roi_align", "roi_pool"], grid_sample),
     **dict.fromkeys(["_fft_r2c", "_fft_c2c", "_fft_c2r"], fourier),
     "native_batch_norm": batch_norm,
     "native_layer_norm": layer_norm,
@@ -202,6 +224,7 @@ RULES: dict[str, Callable[[Call], Result]] = {
     **dict.fromkeys(["mv", "dot", "vdot"], vector_product),
     **dict.fromkeys(["_cdist_forward", "_euclidean_dist"], distances),
     **dict.fromkeys(["embedding", "_embedding_bag", "_embedding_bag_forward_only"], embedding),
+    **dict.fromkeys(["index_put", "_index_put_impl", "_unsafe_index_put"], index_put),
     "copy": write,
     "fill": write,
     "zero": write,
