@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from prune_cli import channels, surgery
 from prune_cli.criteria import sites
-from prune_cli.criteria.criterion import Criterion, LayerView, Norm
+from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.scoring import score_of, try_out
 from prune_cli.errors import ConfigError, nearest
 from prune_cli.granularities import budget as budgets
 from prune_cli.granularities import targets
@@ -239,8 +240,8 @@ class Granularity:
                 "cannot be masked; choose granularity=filter, or exclude the layer by a rule"
             )
         self.units.check(model, asked, criterion)
-        if asked and not criterion.needs and not _is_ours(criterion):  # try the user's function before training
-            _scored(criterion, _view(model, next(iter(asked)), 0))
+        if asked:
+            try_out(criterion, model, next(iter(asked)))
         if example_inputs is None or not (self.budget or isinstance(self.units, Coupled)):
             return
         blank = {name: torch.zeros(()).expand(targets.weight_of(model, name).shape) for name in asked}
@@ -367,71 +368,6 @@ def rows_kept(
         if name in kept and mask.shape[axis] == kept[name]:  # masks of input channels alone have one row for all
             kept[name] = int(mask.movedim(axis, 0).flatten(1).any(1).sum())
     return kept
-
-
-def score_of(
-    model: nn.Module,
-    name: str,
-    criterion: Criterion,
-    statistics: Mapping[str, Tensor],
-    seed: int,
-    *,
-    norm: Norm | None = None,
-    n_keep: int | None = None,
-) -> Tensor:
-    """The scores of one weight, checked for shape and for numbers that cannot be ranked.
-
-    Raises:
-        ConfigError: something that the criterion needs was not measured, or the scores cannot be ranked.
-    """
-    for need in criterion.needs:
-        if need not in ("norm", "n_keep") and need not in statistics:
-            raise ConfigError(f"criterion: needs the statistic {need!r} of {name}, which was not measured")
-    score = _scored(criterion, replace(_view(model, name, seed), statistics=statistics, n_keep=n_keep, norm=norm))
-    if score.amax().isnan():  # the largest of all is nan where any is
-        raise ConfigError(f"criterion: scores of {name} contain nan")
-    return score
-
-
-def _view(model: nn.Module, name: str, seed: int) -> LayerView:
-    """A weight as criteria see it that need nothing else."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    bias = getattr(module, "bias", None)
-    return LayerView(
-        name,
-        targets.weight_of(model, name).detach(),
-        None if bias is None else bias.detach(),
-        torch.Generator().manual_seed(seed),
-        axis=sites.output_axis(model, name),
-    )
-
-
-def _scored(criterion: Criterion, view: LayerView) -> Tensor:
-    """What the criterion says of one weight.
-
-    Raises:
-        ConfigError: a criterion of the user's own fails, or its scores are of another shape than its level needs.
-    """
-    try:
-        score = criterion.score(view)
-    except Exception as error:
-        if _is_ours(criterion):
-            raise
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"criterion: scoring {view.name} raised {type(error).__name__}: {reason}") from error
-    if not isinstance(score, Tensor):
-        raise ConfigError(f"criterion: scores of {view.name} are a {type(score).__name__}, not a tensor")
-    expected = view.weight.shape if criterion.level == "element" else view.weight.shape[view.axis : view.axis + 1]
-    if score.shape != expected:
-        raise ConfigError(
-            f"criterion: scores of {view.name} have shape {tuple(score.shape)}; level {criterion.level} needs "
-            f"{tuple(expected)}"
-        )
-    return score.float()
-
-
-def _is_ours(criterion: Criterion) -> bool:
-    return str(getattr(criterion.score, "func", criterion.score).__module__).startswith("prune_cli.")
 
 
 def keep_units(

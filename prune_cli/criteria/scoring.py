@@ -1,0 +1,89 @@
+"""What a criterion says of the weights of a network: asked, and checked for scores that can be ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from prune_cli.criteria import sites
+from prune_cli.criteria.criterion import Criterion, LayerView, Norm
+from prune_cli.errors import ConfigError
+from prune_cli.granularities import targets
+
+
+def score_of(
+    model: nn.Module,
+    name: str,
+    criterion: Criterion,
+    statistics: Mapping[str, Tensor],
+    seed: int,
+    *,
+    norm: Norm | None = None,
+    n_keep: int | None = None,
+) -> Tensor:
+    """The scores of one weight, checked for shape and for numbers that cannot be ranked.
+
+    Raises:
+        ConfigError: something that the criterion needs was not measured, or the scores cannot be ranked.
+    """
+    for need in criterion.needs:
+        if need not in ("norm", "n_keep") and need not in statistics:
+            raise ConfigError(f"criterion: needs the statistic {need!r} of {name}, which was not measured")
+    score = _scored(criterion, replace(_view(model, name, seed), statistics=statistics, n_keep=n_keep, norm=norm))
+    if score.amax().isnan():  # the largest of all is nan where any is
+        raise ConfigError(f"criterion: scores of {name} contain nan")
+    return score
+
+
+def try_out(criterion: Criterion, model: nn.Module, name: str) -> None:
+    """Asks a criterion of the user's own about one weight, before training; one that needs data cannot be asked yet.
+
+    Raises:
+        ConfigError: it fails, or its scores cannot be used.
+    """
+    if not criterion.needs and not _is_ours(criterion):
+        _scored(criterion, _view(model, name, 0))
+
+
+def _view(model: nn.Module, name: str, seed: int) -> LayerView:
+    """A weight as criteria see it that need nothing else."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    bias = getattr(module, "bias", None)
+    return LayerView(
+        name,
+        targets.weight_of(model, name).detach(),
+        None if bias is None else bias.detach(),
+        torch.Generator().manual_seed(seed),
+        axis=sites.output_axis(model, name),
+    )
+
+
+def _scored(criterion: Criterion, view: LayerView) -> Tensor:
+    """What the criterion says of one weight.
+
+    Raises:
+        ConfigError: a criterion of the user's own fails, or its scores are of another shape than its level needs.
+    """
+    try:
+        score = criterion.score(view)
+    except Exception as error:
+        if _is_ours(criterion):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"criterion: scoring {view.name} raised {type(error).__name__}: {reason}") from error
+    if not isinstance(score, Tensor):
+        raise ConfigError(f"criterion: scores of {view.name} are a {type(score).__name__}, not a tensor")
+    expected = view.weight.shape if criterion.level == "element" else view.weight.shape[view.axis : view.axis + 1]
+    if score.shape != expected:
+        raise ConfigError(
+            f"criterion: scores of {view.name} have shape {tuple(score.shape)}; level {criterion.level} needs "
+            f"{tuple(expected)}"
+        )
+    return score.float()
+
+
+def _is_ours(criterion: Criterion) -> bool:
+    return str(getattr(criterion.score, "func", criterion.score).__module__).startswith("prune_cli.")
