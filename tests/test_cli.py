@@ -94,8 +94,12 @@ def test_evaluate_a_run_a_stage_and_a_file(prune):
     assert 100 * correct / total == pytest.approx(run.rows.loc["finetune", "acc1"])
     stage = prune("evaluate", str(run.folder / "finetune"))
     assert stage.out == whole.out
-    file = prune("evaluate", str(run.folder / "finetune/weights.safetensors"), "model=lenet5", "dataset=digits")
+    assert prune("evaluate", str(run.folder / "finetune/weights.safetensors")).out == whole.out
+    alone = run.folder.parent / "alone.safetensors"
+    alone.write_bytes((run.folder / "finetune/weights.safetensors").read_bytes())
+    file = prune("evaluate", str(alone), "model=lenet5", "dataset=digits")
     assert file.out.split()[:3] == whole.out.split()[:3]
+    assert prune("evaluate", str(alone)).code == 2
 
 
 def test_copy_gives_a_recipe_to_edit(prune, workplace):

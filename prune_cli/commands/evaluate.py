@@ -87,6 +87,8 @@ def find_subject(path: Path) -> Subject:
     Raises:
         CheckpointError: a folder in which nothing was finished.
     """
+    if path.name == artifacts.WEIGHTS and (path.parent / artifacts.CHECKPOINT).is_file():
+        path = path.parent  # which says what they are of
     if path.is_file():
         return _file(path)
     run = path if (path / artifacts.CONFIG).is_file() else path.parent
