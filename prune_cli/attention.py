@@ -7,9 +7,8 @@ from functools import lru_cache
 from torch import nn
 
 HEAD_COUNTS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads")
-# Attention that derives its head size from the width of its input: module class -> name of the joint
-# projection's weight.
-# Here the embedding and the attention shrink together, equal positions in every head.
+# Attention that derives its head size from the width of its input: module class -> name of the joint projection's
+# weight. Here the embedding and the attention shrink together, equal positions in every head.
 TIED_ATTENTION = {
     "MultiheadAttention": "in_proj_weight",  # or "q_proj_weight", where keys and values have widths of their own
     "ShiftedWindowAttention": "qkv.weight",
@@ -19,8 +18,7 @@ TIED_ATTENTION = {
 
 
 def code_of(module: nn.Module | None) -> str:
-    """Names the code that a module runs; "" for single layers, which say nothing about the code around
-    them."""
+    """Names the code that a module runs; "" for single layers, which say nothing about the code around them."""
     if module is None:
         return ""
     kind = type(module)

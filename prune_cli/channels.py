@@ -157,9 +157,8 @@ def _raise_level(plan: Plan, levels: dict[tuple[bool, int], int], error: Refused
         level = levels.get(key, 0)
         if level < FROZEN_LEVEL:
             passed = max(error.ordinal, 0) - ordinal
-            for step in range(
-                max(ordinal - passed, 0), ordinal if passed > 3 else 0
-            ):  # ever larger strides in a module
+            # A module that was passed by far: ever larger strides back in it.
+            for step in range(max(ordinal - passed, 0), ordinal if passed > 3 else 0):
                 if trace.steps[step].layer == trace.steps[ordinal].layer == error.layer:
                     levels[(trace.training, step)] = FROZEN_LEVEL
             most = LEVELLED.get(trace.steps[ordinal].name, 0)

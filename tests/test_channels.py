@@ -710,4 +710,4 @@ KINDS = ["conv", "bn", "add", "cat", "split", "depthwise", "shuffle", "grouped",
 @given(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8),
        st.sampled_from([0.25, 0.5, 0.8]))  # fmt: skip
 def test_random_graphs_shrink_exactly(steps: list[tuple[str, int, int]], ratio: float) -> None:
-    halve(randomise(Graph(steps)), example(1, 3, 4, 4), ratio)
+    halve(randomise(Graph(steps)), example(1, 3, 4, 4), ratio)  # which asserts

@@ -125,9 +125,8 @@ def reshape(call: Call) -> Result:
             view = _cut(call, view, wide, len(axes))
         view = view.expand(out.shape)
         if marks.kind is Kind.DATA and any(set(varied(view)) & set(varied(other)) for other in fields):
-            call.ledger.freeze(
-                view
-            )  # one axis, two choices (heads, and widths that all heads share): the first shrinks
+            # One axis, two choices (heads, and widths that all heads share): the first shrinks.
+            call.ledger.freeze(view)
         else:
             fields.append(view)
     return replace(marks, fields=tuple(fields))

@@ -103,7 +103,7 @@ def test_one_norm_in_a_coupled_family_is_enough():
             x = x + self.outer(self.inside(self.inner(x)).relu())
             return self.head(x.relu().mean((2, 3)))
 
-    check(option("bn_scale"), Granularity(Filter()), Shortcut(), Images(), IMAGE)
+    check(option("bn_scale"), Granularity(Filter()), Shortcut(), Images(), IMAGE)  # would raise, as without any norm
 
 
 def test_clustering_needs_counts_that_do_not_depend_on_scores():
