@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_cli import channels, masked, surgery
-from prune_cli.channels import analyse, removed, select
 from prune_cli.errors import SurgeryError
+from prune_cli.structure import analysis, lineage, rebuild, reference, surgery
+from prune_cli.structure.follow import analyse
+from prune_cli.structure.keep import removed, select
 
 torch.set_num_threads(1)
 
@@ -50,11 +51,11 @@ def halve(model: nn.Module, inputs: Any, ratio: float = 0.5) -> surgery.Shrunk:
     before = copy.deepcopy(model.state_dict())
     keep = select(plan, np.random.default_rng(3).random(plan.size), ratio)
     shrunk = surgery.shrink(model, plan, keep)
-    assert masked.difference(model, shrunk, inputs) < 1e-10
+    assert reference.difference(model, shrunk, inputs) < 1e-10
     assert shrunk.plan.count(shrunk.keep).params == parameters(shrunk.model)
     assert shrunk.plan.count(shrunk.plan.everything()).params == parameters(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    again = surgery.rebuild(model, surgery.Lineage.from_dict(shrunk.lineage.to_dict()))
+    again = rebuild.rebuild(model, lineage.Lineage.from_dict(shrunk.lineage.to_dict()))
     assert all(torch.equal(value, again.state_dict()[n]) for n, value in shrunk.model.state_dict().items())
     for a, b in zip(outputs(shrunk.model, inputs), outputs(again, inputs), strict=True):
         assert torch.equal(a, b)
@@ -65,7 +66,7 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     from torch.utils._pytree import tree_leaves
 
     with torch.no_grad():
-        return tree_leaves(channels.tracing.call_model(model, inputs))
+        return tree_leaves(analysis.tracing.call_model(model, inputs))
 
 
 class Body(nn.Module):

@@ -13,9 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models as zoo
 
 from prune_cli.errors import DataError
-from prune_cli.measure import accuracy, cost, latency, params, params_nonzero, recalibrate_bn, size_bytes
+from prune_cli.measure.accuracy import accuracy
+from prune_cli.measure.cost import cost, params, params_nonzero, size_bytes
+from prune_cli.measure.latency import latency
 from prune_cli.models.resnet_cifar import resnet_cifar
 from prune_cli.models.vgg import vgg
+from prune_cli.training.batch_norm import recalibrate_bn
 
 # ------------------------------------------------------------------------------------------ params and MACs
 

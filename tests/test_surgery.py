@@ -14,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_cli import masked
-from prune_cli.channels import Plan, analyse, select
 from prune_cli.errors import SurgeryError
 from prune_cli.models.resnet_cifar import resnet_cifar
-from prune_cli.surgery import Lineage, kept_indices, rebuild, shrink, structured_masks
+from prune_cli.structure import reference
+from prune_cli.structure.follow import analyse
+from prune_cli.structure.keep import select
+from prune_cli.structure.lineage import Lineage
+from prune_cli.structure.plan import Plan
+from prune_cli.structure.rebuild import rebuild
+from prune_cli.structure.slicing import kept_indices, structured_masks
+from prune_cli.structure.surgery import shrink
 
 torch.set_num_threads(1)
 
@@ -212,7 +217,7 @@ def test_attention_scale_composes_over_rounds() -> None:
         plan = analyse(now, x)
         keep = select(plan, np.random.default_rng(seed).random(plan.size), 0.5)
         shrunk = shrink(now, plan, keep)
-        assert masked.difference(now, shrunk, x) < 1e-12
+        assert reference.difference(now, shrunk, x) < 1e-12
         lineage, now = shrunk.lineage.after(lineage), shrunk.model
     assert torch.allclose(rebuild(model, lineage)(x), now(x), rtol=1e-12)
     assert now.att.embed_dim == 4 and now.att.head_dim == 2
@@ -285,7 +290,7 @@ def test_a_choice_that_breaks_a_literal_falls_back_to_less_pruning() -> None:
     shrunk = shrink(model, plan, keep)
     assert shrunk.model.a.out_channels == 6 and shrunk.model.b.out_channels == 8
     assert any("eight or four" in warning for warning in shrunk.plan.warnings)
-    assert masked.difference(model, shrunk, images()) < 1e-5
+    assert reference.difference(model, shrunk, images()) < 1e-5
 
 
 def test_model_that_cannot_be_copied_is_refused() -> None:
@@ -313,7 +318,7 @@ def test_recurrent_layers_keep_running() -> None:
     model, x = Recurrent().double(), torch.randn(4, 2, 3, dtype=torch.float64)
     plan = analyse(model, x)
     shrunk = shrink(model, plan, select(plan, None, 0.5))
-    assert masked.difference(model, shrunk, x) < 1e-10
+    assert reference.difference(model, shrunk, x) < 1e-10
     assert shrunk.model.a.out_features == 4 and shrunk.model.rnn.input_size == 4
     shrunk.model(x).sum().backward()
 
@@ -339,7 +344,7 @@ def test_attention_with_separate_projections_shrinks_with_its_embedding() -> Non
     attention = shrunk.model[1]
     assert attention.q.weight.shape == (8, 8) and attention.kv.weight.shape == (16, 8)
     assert attention.num_heads * attention.head_dim == 8
-    assert masked.difference(model, shrunk, x) < 1e-10
+    assert reference.difference(model, shrunk, x) < 1e-10
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -354,7 +359,7 @@ def test_padded_shortcuts_follow_any_choice_of_channels(seed: int) -> None:
         keep[order[: len(order) // 2]] = False
     small = shrink(model, plan, keep)
     assert (small.keep == keep).all(), "nothing had to be kept beyond what was asked"
-    assert masked.difference(model, small, x) < 1e-5
+    assert reference.difference(model, small, x) < 1e-5
     assert sum(parameter.numel() for parameter in small.model.parameters()) == plan.count(keep).params
     again = rebuild(model, small.lineage)
     again.load_state_dict(small.model.state_dict())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.errors import ConfigError
-from prune_cli.measure import composed_attention, evaluating
+from prune_cli.structure.modes import composed_attention, evaluating
 
 NORMS = (
     nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm,

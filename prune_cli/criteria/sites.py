@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 from prune_cli.criteria.criterion import At, Norm
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import targets
-from prune_cli.measure import composed_attention, evaluating
+from prune_cli.structure import prunable
+from prune_cli.structure.modes import composed_attention, evaluating
 
 # Position of the input and of the weight among the arguments of an operator that multiplies with a weight.
 LAYERS = {"convolution": (0, 1), "linear": (0, 1), "mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
@@ -120,7 +120,7 @@ class Follow(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, reached: Reached, layer: Layer | None = None) -> None:
         super().__init__()
-        layers = targets.layers(model)
+        layers = prunable.layers(model)
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.biases = {f"{name}.weight": getattr(module, "bias", None) for name, module in layers.items()}
         self.weights: dict[int, tuple[str, Tensor]] = {  # weights and views of them, kept so that ids stay theirs
@@ -296,8 +296,3 @@ def _moved(call: _Call, trail: Trail) -> int | None:
         if axis == tensor.dim() - 1 and output.shape[-1] == tensor.shape[-1]:
             return output.dim() - 1
     return None
-
-
-def output_axis(model: nn.Module, name: str) -> int:
-    """Axis of a weight along which the layer's output channels lie: 1 for transposed convolutions, else 0."""
-    return int(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd))

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from prune_cli.criteria import sites as finding
 from prune_cli.criteria.criterion import At, Need
 from prune_cli.criteria.flow import synaptic_flow
-from prune_cli.criteria.sites import LAYERS, Sites, Trail, output_axis
-from prune_cli.granularities import targets
-from prune_cli.measure import composed_attention, evaluating
+from prune_cli.criteria.sites import LAYERS, Sites, Trail
+from prune_cli.structure import prunable
+from prune_cli.structure.modes import composed_attention, evaluating
+from prune_cli.structure.prunable import output_axis
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, images, labels) -> mean loss of the batch, a scalar."""
@@ -167,10 +168,10 @@ def collect(
     Raises:
         ConfigError: the network's operators differ from batch to batch.
     """
-    names = list(names) if names is not None else [f"{name}.weight" for name in targets.layers(model)]
+    names = list(names) if names is not None else [f"{name}.weight" for name in prunable.layers(model)]
     chosen = [need for need in needs if need not in ("norm", "n_keep", "movement", "synaptic_flow")]
     found: Statistics = {name: {} for name in names}
-    names = [name for name in names if isinstance(targets.weight_of(model, name), nn.Parameter)]
+    names = [name for name in names if isinstance(prunable.weight_of(model, name), nn.Parameter)]
     if "synaptic_flow" in needs:
         for name, value in synaptic_flow(model, example_inputs, names).items():
             found[name]["synaptic_flow"] = value

@@ -12,17 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_cli import surgery
-from prune_cli.channels import analyse
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.criteria.sites import output_axis
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.allot import Group, Structure, Vote
-from prune_cli.granularities.granularity import Context
-from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import weight_of
+from prune_cli.granularities.units import Context, Group, Structure, Vote
 from prune_cli.masks import Masks
-from prune_cli.plan import Family, Plan
+from prune_cli.measure.storage import Form
+from prune_cli.structure import slicing, surgery
+from prune_cli.structure.follow import analyse
+from prune_cli.structure.plan import Family, Plan
+from prune_cli.structure.prunable import output_axis, weight_of
 
 Reduce = Literal["sum", "mean", "max", "first", "product"]
 
@@ -220,4 +218,4 @@ def _alive(context: Context, plan: Plan, family: Family) -> Tensor:
 def _masks(model: nn.Module, plan: Plan, family: Family, keep: Tensor) -> dict[str, Tensor]:
     chosen: np.ndarray = plan.everything()
     chosen[family.units] = keep.cpu().numpy()
-    return surgery.structured_masks(model, plan, chosen)
+    return slicing.structured_masks(model, plan, chosen)

@@ -10,11 +10,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.granularities.allot import Group
-from prune_cli.granularities.granularity import Context
 from prune_cli.granularities.spatial import check_scores, fitting, many_positions
-from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import layers
+from prune_cli.granularities.units import Context, Group
+from prune_cli.measure.storage import Form
+from prune_cli.structure.prunable import layers
 
 NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 kernel is a single weight)"
 

@@ -17,12 +17,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from prune_cli.channels import removed
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.allot import Group
-from prune_cli.granularities.granularity import Context
-from prune_cli.granularities.storage import Form
+from prune_cli.granularities.units import Context, Group
+from prune_cli.measure.storage import Form
+from prune_cli.structure.keep import removed
 
 PAIRWISE = 16  # up to this m, comparing all pairs is faster than sorting
 

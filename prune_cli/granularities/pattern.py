@@ -14,16 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prune_cli.channels import removed
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.weights import l2
 from prune_cli.errors import ConfigError
 from prune_cli.granularities import kernel
-from prune_cli.granularities.allot import Group
-from prune_cli.granularities.granularity import Constraint, Context, Units
 from prune_cli.granularities.spatial import check_scores, fitting
-from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import Ratio, layers
+from prune_cli.granularities.units import Constraint, Context, Group, Ratio, Units
+from prune_cli.measure.storage import Form
+from prune_cli.structure.keep import removed
+from prune_cli.structure.prunable import layers
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import targets
+from prune_cli.structure import prunable
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def fitting(
         ConfigError: a chosen layer does not fit, or none does.
     """
     asked = {name: float(ratio) for name, ratio in ratios.items() if not isinstance(ratio, str)}
-    modules = {f"{name}.weight": module for name, module in targets.layers(model).items()}
+    modules = {f"{name}.weight": module for name, module in prunable.layers(model).items()}
     everything = set(asked) == set(modules) and len(set(asked.values())) == 1
     found, others = {}, []
     for name, ratio in asked.items():

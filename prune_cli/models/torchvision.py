@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as zoo
 
-from prune_cli.checkpoints import fit_weights, read_state_dict
 from prune_cli.errors import CheckpointError, ConfigError, nearest
+from prune_cli.files.fitting import fit_weights
+from prune_cli.files.weights import read_state_dict
 from prune_cli.models.arguments import check_classes_and_shape, check_runs, set_in_channels
 
 _AUXILIARY = re.compile(r"(AuxLogits|aux1|aux2)\.")

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prune_cli.channels import analyse
 from prune_cli.errors import ConfigError
 from prune_cli.regularisers.penalty import Norms, Penalty
+from prune_cli.structure.follow import analyse
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

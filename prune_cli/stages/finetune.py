@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from prune_cli.distillation.distillation import Distillation
-from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
+from prune_cli.pipeline.state import State
 from prune_cli.stages import learning
-from prune_cli.state import State
+from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
 
 def finetune(

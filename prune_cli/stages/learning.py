@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli import fit as loop
 from prune_cli.distillation.distillation import Distillation, Outputs
 from prune_cli.errors import ConfigError, Interrupted
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options, Progress
-from prune_cli.loading import load_teacher
 from prune_cli.masks import Masks
-from prune_cli.measure import accuracy
-from prune_cli.state import Outcome, State
+from prune_cli.measure.accuracy import accuracy
+from prune_cli.pipeline.loading import load_teacher
+from prune_cli.pipeline.state import Outcome, State
+from prune_cli.training import fit as loop
+from prune_cli.training.fit import LrSchedule, OptimizerFactory, Options, Progress
 
 log = logging.getLogger(__name__)
 

@@ -9,22 +9,26 @@ from typing import Any
 
 from torch import Tensor
 
-from prune_cli import admm, artifacts, shrinking
-from prune_cli import fit as loop
 from prune_cli import masks as masking
-from prune_cli.criteria import requirements
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.criteria.movement import Movement, moved
 from prune_cli.criteria.statistics import Calibration, Statistics, collect
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import BatchSize, LrSchedule, OptimizerFactory, Options, Progress, Smoothing
-from prune_cli.granularities.granularity import Constraint, Coupled, Granularity, Selection, select
-from prune_cli.granularities.storage import Form
-from prune_cli.processes import same_masks
+from prune_cli.files import artifacts
+from prune_cli.granularities.units import Constraint, Coupled
+from prune_cli.measure.storage import Form
+from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.state import Outcome, State
 from prune_cli.schedules.requests import Done, Mask, Memo, Request, Split, Train
+from prune_cli.selection import requirements
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import Selection, select
 from prune_cli.stages import learning
-from prune_cli.state import Outcome, State
+from prune_cli.training import admm
+from prune_cli.training import fit as loop
+from prune_cli.training.distributed import same_masks
+from prune_cli.training.fit import BatchSize, LrSchedule, OptimizerFactory, Options, Progress, Smoothing
+from prune_cli.training.movement import Movement, moved
 
 log = logging.getLogger(__name__)
 

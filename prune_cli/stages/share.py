@@ -8,21 +8,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prune_cli import artifacts, coding, pruned, sharing, shrinking
-from prune_cli.coding import Shared, Sizes
-from prune_cli.compressed import CONV, LINEAR, Bits, Width, clusters, compress
+from prune_cli.compression import kmeans
+from prune_cli.compression.codec import Sizes
+from prune_cli.compression.container import CONV, LINEAR, Bits, Width, clusters, compress
+from prune_cli.compression.kmeans import Shared
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
-from prune_cli.granularities import targets
-from prune_cli.granularities.targets import Which
-from prune_cli.pruned import Record
+from prune_cli.files import artifacts, pruned
+from prune_cli.files.pruned import Record
+from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.state import Outcome, State
+from prune_cli.selection import targets
+from prune_cli.selection.targets import Which
 from prune_cli.stages import learning
-from prune_cli.state import Outcome, State
-from prune_cli.stripe_conv import StripeConv2d
-from prune_cli.surgery import Lineage
+from prune_cli.structure import prunable
+from prune_cli.structure.lineage import Lineage
+from prune_cli.training import weight_sharing
+from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
-SHARED = (*targets.PRUNABLE, StripeConv2d)  # layers whose weights may share values
+SHARED = (*prunable.PRUNABLE, StripeConv2d)  # layers whose weights may share values
 
 FINAL = True  # a later stage would give each weight its own value again
 
@@ -71,7 +76,7 @@ def share(
     """
     bits = widths(state.model, conv, linear, rules, state.stage)
     shared = _clustered(state, bits)
-    sharing.attach(state.model, shared)
+    weight_sharing.attach(state.model, shared)
     # What is shared keeps its zeros by itself, and its name is that of a codebook now.
     masks = {name: mask for name, mask in state.masks.items() if name not in shared}
     empty = {name: torch.zeros((), dtype=torch.bool) for name in bits if name not in shared}
@@ -86,7 +91,7 @@ def share(
         masks=masks | empty,
         progress=learning.resumed(state, optimizer),
     )
-    sharing.detach(state.model, shared)
+    weight_sharing.detach(state.model, shared)
     content, coded = _compressed(state, bits)
     outcome = Outcome(
         epochs=progress.epoch,
@@ -127,7 +132,7 @@ def _clustered(state: State, bits: dict[str, Bits]) -> dict[str, Shared]:
         if name in state.masks:
             keep &= state.masks[name].to(keep.device)
         if keep.any():
-            found = coding.share(weight, keep, clusters(keep, widths))
+            found = kmeans.share(weight, keep, clusters(keep, widths))
             own |= {f"codebook/{name}": found.codebook, f"assignment/{name}": found.assignment}
     both = {name: value.to(state.device) for name, value in state.world.share_tensors(own).items()}
     names = [name for name in bits if f"codebook/{name}" in both]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
+from prune_cli.pipeline.state import State
 from prune_cli.regularisers.penalty import Regulariser
 from prune_cli.stages import learning
-from prune_cli.state import State
+from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
 
 def sparsify(

@@ -14,11 +14,12 @@ from torch import nn
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import storage
-from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.n_m import NM, nm_mask, parse, surplus
-from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import Rule
+from prune_cli.measure import storage
+from prune_cli.measure.storage import Form
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
 
 L1 = Criterion(weights.l1)
 IMAGE = torch.zeros(1, 3, 8, 8)

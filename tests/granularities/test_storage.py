@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_cli.granularities import storage
+from prune_cli.compression import gaps
 from prune_cli.granularities.n_m import nm_mask
-from prune_cli.granularities.storage import Form
+from prune_cli.measure import storage
+from prune_cli.measure.storage import Form
 
 
 def test_dense_and_filters():
@@ -24,10 +25,10 @@ def test_fillers_cover_every_zero_that_codes_do_not():
     mask = torch.zeros(50, dtype=torch.bool)
     mask[[3, 20, 21]] = True
     # runs of 3, 16, 0 and 28 zeros; a filler of 2 bits covers 4, of 4 bits 16
-    assert storage.fillers(mask, 2) == 0 + 4 + 0 + 7
-    assert storage.fillers(mask, 4) == 0 + 1 + 0 + 1
-    assert storage.fillers(torch.zeros(16, dtype=torch.bool), 4) == 1
-    assert storage.fillers(torch.ones(5, dtype=torch.bool), 4) == 0
+    assert gaps.fillers(mask, 2) == 0 + 4 + 0 + 7
+    assert gaps.fillers(mask, 4) == 0 + 1 + 0 + 1
+    assert gaps.fillers(torch.zeros(16, dtype=torch.bool), 4) == 1
+    assert gaps.fillers(torch.ones(5, dtype=torch.bool), 4) == 0
 
 
 def test_single_weights_take_the_cheapest_indices():
