@@ -122,7 +122,7 @@ def shrink(
     if selection.candidate is None:  # nothing may shrink
         shrunk = filters.shrink(model, example_inputs, {})
     else:
-        shrunk = surgery.shrink(model, *selection.candidate)
+        shrunk = surgery.remove_units(model, *selection.candidate)
     lineage = None if origin is None else origin.lineage
     small = verified.checked(model, shrunk, {}, lineage=lineage, check_on=(example_inputs,))
     record = Record({"_target_": _class_of(model)}) if origin is None else origin

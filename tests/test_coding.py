@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 
 from prune_cli.compression import codec, huffman, kmeans
 from prune_cli.compression.gaps import fillers, from_gaps, to_gaps
-from prune_cli.compression.kmeans import Shared
+from prune_cli.compression.kmeans import Clustered
 from prune_cli.errors import CheckpointError
 
 
@@ -47,18 +47,18 @@ def test_every_value_gets_its_nearest_centroid_and_every_centroid_is_the_mean_of
 
 def test_sharing_leaves_few_values_and_zeros():
     weight, keep = sparse(4, 20, 6, 3, 3)
-    shared = kmeans.share(weight, keep, 15)
+    shared = kmeans.cluster(weight, keep, 15)
     assert (shared.weight[~keep] == 0).all()
     assert torch.equal(torch.unique(shared.weight[keep]), shared.codebook)
     assert len(shared.codebook) <= 15
     assert float((shared.weight - weight * keep).abs().max()) < 0.5
     with pytest.raises(CheckpointError, match="not finite"):
-        kmeans.share(weight / 0, keep, 15)
+        kmeans.cluster(weight / 0, keep, 15)
 
 
 def test_centroid_gradient_is_that_of_autograd():
     weight, keep = sparse(5, 12, 7)
-    shared = kmeans.share(weight.double(), keep, 5)
+    shared = kmeans.cluster(weight.double(), keep, 5)
     codebook = shared.codebook.clone().requires_grad_()
     full = torch.where(keep, codebook[shared.assignment.clamp_min(0)], 0)
     full.retain_grad()
@@ -162,7 +162,7 @@ def test_damaged_streams_are_refused_or_at_least_stay_inside():
 @pytest.mark.parametrize("gap_bits", [1, 5, 8])
 def test_decode_inverts_encode_bit_by_bit(dtype, gap_bits):
     weight, keep = sparse(9, 30, 11, 3, 3, density=0.1)
-    shared = kmeans.share(weight, keep, 16).weight.to(dtype)
+    shared = kmeans.cluster(weight, keep, 16).weight.to(dtype)
     shared[0, 0, 0, 0], shared[1, 1, 1, 1] = -0.0, float("inf")
     back = codec.decode(codec.encode(shared, gap_bits))
     assert back.dtype == dtype and back.shape == shared.shape
@@ -178,7 +178,7 @@ def test_constant_tensors(shape, value):
 
 def test_sizes_by_formula():
     weight, keep = sparse(10, 64, 64, density=0.05)
-    shared = kmeans.share(weight, keep, 15).weight
+    shared = kmeans.cluster(weight, keep, 15).weight
     coded = codec.encode(shared, 4)
     sizes = codec.sizes(coded)
     stored = int(keep.sum()) + fillers(keep, 4)
@@ -196,12 +196,12 @@ def test_sizes_by_formula():
 
 def test_zeros_stay_zero():
     weight, keep = sparse(11, 50, 50)
-    shared = Shared(torch.tensor([-1.0, 2.0]), torch.where(keep, (weight > 0).long(), -1))
+    shared = Clustered(torch.tensor([-1.0, 2.0]), torch.where(keep, (weight > 0).long(), -1))
     assert torch.equal(codec.decode(codec.encode(shared.weight)) == 0, ~keep)
 
 
 def test_tensors_without_gaps_have_no_codes_of_gaps():
-    weight = kmeans.share(sparse(12, 40, 30)[0], torch.ones(40, 30, dtype=torch.bool), 16).weight
+    weight = kmeans.cluster(sparse(12, 40, 30)[0], torch.ones(40, 30, dtype=torch.bool), 16).weight
     coded = codec.encode(weight, 0)
     assert torch.equal(codec.decode(coded), weight)
     sizes = codec.sizes(coded)

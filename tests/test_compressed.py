@@ -170,5 +170,5 @@ def test_a_large_tensor_in_reasonable_time():
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(1_000_000, generator=generator)
     keep = torch.rand(1_000_000, generator=generator) < 0.1
-    shared = kmeans.share(weight, keep, 255).weight
+    shared = kmeans.cluster(weight, keep, 255).weight
     assert torch.equal(codec.decode(codec.encode(shared)), shared)

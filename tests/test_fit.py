@@ -72,7 +72,7 @@ def test_stopping_anywhere_and_resuming_gives_the_same_bits(factory, options, st
     assert not progress.done
     torch.manual_seed(999)
     fresh = network()
-    progress = loop.restore(fresh, factory, saved["tensors"], saved["numbers"])
+    progress = loop.restore_progress(fresh, factory, saved["tensors"], saved["numbers"])
     progress = fit(fresh, Blobs(), loss, **arguments, progress=progress)
     assert progress.done
     assert len(progress.history) == 4

@@ -115,7 +115,7 @@ def test_attention(length: int, road: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-class Shared(nn.Module):
+class Clustered(nn.Module):
     """One linear layer used twice, once through its weight, and a recurrent layer."""
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class Shared(nn.Module):
 
 
 def test_ties_recurrence_and_functional_use() -> None:
-    model = Shared()
+    model = Clustered()
     result = cost(model, torch.zeros(2, 5, dtype=torch.long))
     assert result.params == params(model) == 28 + 4 * 6 * (4 + 6 + 2) + 28
     macs = {layer.name: layer.macs for layer in result.layers}

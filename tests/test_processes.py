@@ -123,7 +123,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
         tmp_path,
         "measured",
         "    found = measured(world)\n"
-        "    same = world.share(found) == found\n"
+        "    same = world.broadcast(found) == found\n"
         f"    open(f'{tmp_path}/{{world.rank}}.json', 'w').write(json.dumps([same, found]))\n",
     )
     alone = measured(World())
@@ -209,7 +209,7 @@ def test_alone_nothing_is_wrapped():
     with joined(torch.device("cpu")) as world, parallel(model, world, sync_norms=True) as forward:
         assert forward is model
         assert world == World()
-        assert world.share({"a": 1}) == {"a": 1}
+        assert world.broadcast({"a": 1}) == {"a": 1}
         assert world.any(True)
 
 
@@ -261,7 +261,7 @@ def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
         tmp_path,
         "learned",
         f"    found = learned(world, {method!r})\n"
-        "    every = [world.share(None)] if not world.main else [world.share(found)]\n"
+        "    every = [world.broadcast(None)] if not world.main else [world.broadcast(found)]\n"
         "    assert world.main or every[0]['masks'] == found['masks'], 'masks differ between ranks'\n"
         "    if world.main:\n        print(json.dumps(found))\n",
     )

@@ -17,12 +17,12 @@ def network() -> nn.Sequential:
     )
 
 
-def clustered(model: nn.Module, clusters: int = 5) -> dict[str, kmeans.Shared]:
+def clustered(model: nn.Module, clusters: int = 5) -> dict[str, kmeans.Clustered]:
     shared = {}
     for index, name in enumerate(("0.weight", "4.weight")):
         weight = model.get_parameter(name).detach()
         keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(index)) < 0.4
-        shared[name] = kmeans.share(weight, keep, clusters)
+        shared[name] = kmeans.cluster(weight, keep, clusters)
     return shared
 
 

@@ -213,7 +213,7 @@ def test_masks_inside_stripes_survive_the_way_back():
     assert torch.equal(again["2.weight"], fine)
 
 
-class Shared(nn.Module):
+class Clustered(nn.Module):
     """One convolution under two names, one whose weight is another's, one with a hook."""
 
     def __init__(self) -> None:
@@ -231,7 +231,7 @@ class Shared(nn.Module):
 
 
 def test_shared_tied_and_hooked_convolutions():
-    model = Shared()
+    model = Clustered()
     keep = torch.rand(3, 1, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     masks = {f"{name}.weight": keep for name in ("first", "tied", "hooked")}
     masking.apply(model, masks)

@@ -176,11 +176,11 @@ def _stages(content: dict[str, Any], choices: dict[str, str], folder: Path) -> l
     from prune_cli.console import Console, tensorboard
     from prune_cli.pipeline import build, run, step
     from prune_cli.pipeline.store import Store, default_root
-    from prune_cli.signals import polite
+    from prune_cli.signals import graceful_stop
     from prune_cli.training.distributed import joined
 
     store = Store(default_root())
-    with polite() as interrupted, joined(build.choose_device(content.get("device", "auto"))) as world:
+    with graceful_stop() as interrupted, joined(build.choose_device(content.get("device", "auto"))) as world:
         world.agree("the config", json.dumps(content, sort_keys=True))
         with tensorboard(folder) if content.get("tensorboard") and world.main else nullcontext() as scalar:
             built = build.build(content, choices, Console(scalar=scalar), store)

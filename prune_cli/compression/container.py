@@ -126,7 +126,7 @@ def _few_values(tensor: Tensor, mask: Tensor, bits: Bits) -> Tensor:
     most = clusters(alive, bits)
     if len(np.unique(codec.pattern_of(masked[alive]))) <= most:
         return masked
-    return kmeans.share(tensor, alive, most).weight
+    return kmeans.cluster(tensor, alive, most).weight
 
 
 def _raw(tensor: Tensor) -> bytes:

@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Shared:
+class Clustered:
     """A weight whose kept entries take few values.
 
     Attributes:
@@ -35,7 +35,7 @@ class Shared:
         return torch.where(self.assignment >= 0, self.codebook[self.assignment.clamp_min(0)], 0)
 
 
-def share(weight: Tensor, keep: Tensor, clusters: int) -> Shared:
+def cluster(weight: Tensor, keep: Tensor, clusters: int) -> Clustered:
     """Clusters the kept weights of a layer by k-means from linearly spaced centroids (section 3).
 
     Args:
@@ -53,7 +53,7 @@ def share(weight: Tensor, keep: Tensor, clusters: int) -> Shared:
     centroids, numbers = kmeans(values, clusters)
     assignment = torch.full(weight.shape, -1, dtype=torch.int64, device=weight.device)
     assignment[kept] = torch.from_numpy(numbers).to(weight.device)
-    return Shared(torch.from_numpy(centroids).to(weight.device, weight.dtype), assignment)
+    return Clustered(torch.from_numpy(centroids).to(weight.device, weight.dtype), assignment)
 
 
 def kmeans(values: Array, clusters: int, iterations: int = 300) -> tuple[Array, Array]:
@@ -95,7 +95,7 @@ def centroid_gradient(gradient: Tensor, assignment: Tensor, clusters: int) -> Te
 
     Args:
         gradient: dL/dw.
-        assignment: see `Shared`.
+        assignment: see `Clustered`.
         clusters: length of the codebook.
     """
     members = assignment >= 0

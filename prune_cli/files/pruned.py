@@ -105,7 +105,7 @@ def description(model: nn.Module, record: Record) -> dict[str, Any]:
         "model": {"builder": record.node.get("_target_"), "arguments": arguments},
         "num_classes": record.node.get("num_classes", record.num_classes),
         "in_shape": record.node.get("in_shape") or (list(record.in_shape) if record.in_shape else None),
-        "widths": widths_of(model),
+        "widths": recorded_widths(model),
         **_cfg(model, record),
         "kept": _grouped(record.lineage),
         "attributes": attributes,
@@ -115,7 +115,7 @@ def description(model: nn.Module, record: Record) -> dict[str, Any]:
     }
 
 
-def widths_of(model: nn.Module) -> dict[str, int]:
+def recorded_widths(model: nn.Module) -> dict[str, int]:
     """Outputs of every convolution and linear layer, by dotted name."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
@@ -320,7 +320,7 @@ def _rebuilt(record: Record, expected: Mapping[str, int], path: Path, model: nn.
         small = rebuild.rebuild(dense, record.lineage)
     except (SurgeryError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{path} does not fit {type(dense).__name__}: {' '.join(str(error).split())}") from error
-    widths = widths_of(small)
+    widths = recorded_widths(small)
     for name, width in expected.items():
         if widths.get(name) != width:
             raise CheckpointError(

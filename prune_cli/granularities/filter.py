@@ -16,7 +16,7 @@ from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
 from prune_cli.granularities.units import Context, Group, Structure, Vote
 from prune_cli.masks import Masks
-from prune_cli.measure.storage import Form
+from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure import slicing, surgery
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.plan import Family, Plan
@@ -95,18 +95,18 @@ class Filter:
             structure=Structure(plan, family.units),
         )
 
-    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """A smaller dense tensor, and one bit per channel: of weights, and of the biases and norms that go along."""
-        return {name: Form("filters") for name, _ in model.named_parameters()}
+        return {name: MaskFormat("filters") for name, _ in model.named_parameters()}
 
     def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
         """The network without the channels of which the masks leave nothing."""
         plan = analyse(model, example_inputs)
-        return surgery.shrink(model, plan, kept_units(model, plan, masks))
+        return surgery.remove_units(model, plan, kept_units(model, plan, masks))
 
 
 def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:
-    """Which units have anything left, in any of their parameters: one bool per unit id."""
+    """LayerSelector units have anything left, in any of their parameters: one bool per unit id."""
     keep = np.zeros(plan.size, dtype=bool)
     parameters = dict(model.named_parameters())  # a tensor that layers share has one mask
     for name, axes in plan.axes.items():
@@ -203,7 +203,7 @@ def _votes(context: Context, plan: Plan, family: Family, dead: Tensor) -> tuple[
 
 
 def _alive(context: Context, plan: Plan, family: Family) -> Tensor:
-    """Which units are not masked away already, by unit id: those with a producer row that has something left."""
+    """LayerSelector units are not masked away already, by unit id: those with a producer row that has something left."""
     masked = [(name, axis) for name, axis in family.producers if name in context.masked]
     if not masked:
         return torch.ones(plan.size, dtype=torch.bool)

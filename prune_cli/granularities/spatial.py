@@ -1,4 +1,4 @@
-"""Which layers granularities inside a kernel apply to: those whose kernels have the positions they need."""
+"""LayerSelector layers granularities inside a kernel apply to: those whose kernels have the positions they need."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_scores(unit: str, ratios: Mapping[str, float | str], criterion: Criter
             raise ConfigError(f"{name}: {ratio!r} is an N:M pattern; granularity={unit} needs a ratio in [0, 1)")
 
 
-def fitting(
+def with_such_units(
     model: nn.Module, ratios: Mapping[str, float | str], fits: Callable[[nn.Module], bool], unit: str, needs: str
 ) -> dict[str, float]:
     """The ratios of the layers that have such units.

@@ -17,12 +17,12 @@ from prune_cli import masks as masking
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import SurgeryError
 from prune_cli.granularities.filter import kept_units
-from prune_cli.granularities.spatial import check_scores, fitting, many_positions
+from prune_cli.granularities.spatial import check_scores, many_positions, with_such_units
 from prune_cli.granularities.units import Context, Group
 from prune_cli.layers import replacing
 from prune_cli.masks import Masks
 from prune_cli.measure.latency import latency
-from prune_cli.measure.storage import Form
+from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure import slicing, surgery
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.interpreter import call_model
@@ -57,16 +57,18 @@ class Stripe:
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
         """Stripes need scores per element and kernels larger than 1x1."""
         check_scores("stripe", ratios, criterion)
-        fitting(model, ratios, many_positions, "stripe", NEEDS)
+        with_such_units(model, ratios, many_positions, "stripe", NEEDS)
 
     def groups(self, context: Context) -> list[Group]:
         """One group per convolution."""
-        asked = fitting(context.model, context.ratios, many_positions, "stripe", NEEDS)
+        asked = with_such_units(context.model, context.ratios, many_positions, "stripe", NEEDS)
         return [_group(context, name, ratio) for name, ratio in asked.items()]
 
-    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept stripes' values and one bit per stripe."""
-        return {f"{name}.weight": Form("stripe") for name, module in layers(model).items() if many_positions(module)}
+        return {
+            f"{name}.weight": MaskFormat("stripe") for name, module in layers(model).items() if many_positions(module)
+        }
 
     def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
         """The masks with those of filters without stripes: bias, norm parameters and the consumers' channels.
@@ -86,10 +88,10 @@ class Stripe:
     def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
         """The network without filters of which the masks leave nothing, its convolutions of the stripes they leave.
 
-        Convolutions that stripes cannot replace (`stripe_conv.fitting`) keep their masks.
+        Convolutions that stripes cannot replace (`replacing.fitting`) keep their masks.
         """
         plan = analyse(model, example_inputs)
-        shrunk = surgery.shrink(model, plan, kept_units(model, plan, masks))
+        shrunk = surgery.remove_units(model, plan, kept_units(model, plan, masks))
         cut = {name: masking.sliced(mask, shrunk.lineage.kept.get(name, {})) for name, mask in masks.items()}
         inputs = _inputs(shrunk.model, example_inputs)
         stripes = {name: numbers for name, numbers in replacing.fitting(shrunk.model, cut).items() if name in inputs}

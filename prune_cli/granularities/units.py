@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.masks import Masks
-from prune_cli.measure.storage import Form
+from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.prunable import layers
 
@@ -120,7 +120,7 @@ class Coupled(Protocol):
 class Formed(Protocol):
     """Units whose masks are stored in other ways than weight by weight."""
 
-    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """How masks are stored, by parameter name; others are stored as single weights."""
 
 

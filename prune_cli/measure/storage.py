@@ -1,7 +1,7 @@
 """What a pruned weight costs to store: bytes of values, indices, bitmaps and codebooks, by formula per format.
 
 Every format takes a mask (True = keep, broadcastable to the weight's shape) and the bits of one value; each part is
-rounded up to whole bytes. `stored` finds the bytes that a mask really needs, given the `Form` in which it was chosen.
+rounded up to whole bytes. `stored` finds the bytes that a mask really needs, given the `MaskFormat` in which it was chosen.
 `coding.py` writes real files with shared weights; these are the formats before that.
 """
 
@@ -40,7 +40,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Form:
+class MaskFormat:
     """The form in which a mask was chosen, which later stages must know to count bytes; plain data.
 
     Attributes:
@@ -150,7 +150,7 @@ FORMATS: Mapping[str, Callable[..., Storage]] = {
 }
 
 
-def stored(form: Form, mask: Tensor, shape: Sequence[int], bits: int = 32) -> tuple[str, Storage]:
+def stored(form: MaskFormat, mask: Tensor, shape: Sequence[int], bits: int = 32) -> tuple[str, Storage]:
     """The format of a masked tensor, and its bytes.
 
     That is the format of the mask's form while the mask still has it. Where later masks or surgery went across it, the
@@ -174,7 +174,7 @@ def stored(form: Form, mask: Tensor, shape: Sequence[int], bits: int = 32) -> tu
     return min(options.items(), key=lambda option: option[1].total)
 
 
-def _holds(form: Form, full: Tensor) -> bool:
+def _holds(form: MaskFormat, full: Tensor) -> bool:
     """Whether a format can hold a mask; the formats of whole units hold any, with zeros as values."""
     if form.format == "n_m":
         return _has_groups(full, **form.numbers)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.errors import SurgeryError
-from prune_cli.granularities.n_m import axis_of
+from prune_cli.granularities.n_m import input_axis
 from prune_cli.masks import Masks
 from prune_cli.permutation.search import kept, row_bound, search
 from prune_cli.structure.modes import evaluating
@@ -151,7 +151,7 @@ def permute_masks(masks: Masks, moves: Moves) -> dict[str, Tensor]:
 def _matrix(model: nn.Module, name: str) -> Tensor:
     """Rows of everything else by input channels."""
     weight = model.get_parameter(name).detach()
-    return weight.movedim(axis_of(model, name), -1).flatten(0, -2)
+    return weight.movedim(input_axis(model, name), -1).flatten(0, -2)
 
 
 def _classes(model: nn.Module, plan: Plan, units: np.ndarray, patterns: Mapping[str, tuple[int, int]]) -> list[_Class]:
@@ -175,7 +175,7 @@ def _classes(model: nn.Module, plan: Plan, units: np.ndarray, patterns: Mapping[
         readers = {
             name: axis
             for (name, axis), where in places.items()
-            if name in patterns and axis == axis_of(model, name) and where.shape[1] == 1
+            if name in patterns and axis == input_axis(model, name) and where.shape[1] == 1
         }
         if len(members) > 1 and readers:
             found.append(_Class(members, places, readers))
@@ -198,7 +198,7 @@ def _search(
     escapes: int,
     seed: int,
 ) -> np.ndarray | None:
-    """Which unit comes to the place of each unit (indices into the class), or None where nothing is gained."""
+    """LayerSelector unit comes to the place of each unit (indices into the class), or None where nothing is gained."""
     sizes: Counter[tuple[int, int]] = Counter()
     for name in group.readers:
         sizes[patterns[name]] += model.get_parameter(name).numel()

@@ -16,7 +16,7 @@ from prune_cli.data.dataset import Dataset
 from prune_cli.errors import ConfigError, PruneError
 from prune_cli.files import artifacts, builders, pruned
 from prune_cli.files.weights import load_weights
-from prune_cli.measure.storage import Form
+from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline.state import Architecture, State, derive_seed
 from prune_cli.pipeline.store import read_checkpoint
 from prune_cli.structure.lineage import Lineage
@@ -64,10 +64,10 @@ def restore(folder: Path, state: State) -> State:
         node = _node(folder)
         model, masks = load_model(folder, _architecture(node, state).build), pruned.read_masks(folder)
         lineage, forms = _lineage(folder), _forms(folder)
-    architecture, lineage = _architecture(world.share(node), state), world.share(lineage)
+    architecture, lineage = _architecture(world.broadcast(node), state), world.broadcast(lineage)
     model = _shared(state, model, architecture, lineage)
-    masks = {name: mask.to(state.device) for name, mask in world.share_tensors(masks).items()}
-    forms = {name: Form(**form) for name, form in world.share(forms).items()}
+    masks = {name: mask.to(state.device) for name, mask in world.broadcast_tensors(masks).items()}
+    forms = {name: MaskFormat(**form) for name, form in world.broadcast(forms).items()}
     return state.evolve(model=model, architecture=architecture, masks=masks, forms=forms, lineage=lineage)
 
 
@@ -76,7 +76,7 @@ def _shared(
 ) -> nn.Module:
     """Rank 0's network on every rank, on the run's device; the others pass None and build it themselves."""
     if state.world.size > 1:
-        weights = state.world.share_tensors(model.state_dict() if model is not None else None)
+        weights = state.world.broadcast_tensors(model.state_dict() if model is not None else None)
         if model is None:
             model = architecture.build()
             model = rebuild(model, Lineage.from_dict(lineage)) if lineage else model
@@ -143,5 +143,5 @@ def load_teacher(state: State, teacher: Literal["dense"] | Path) -> nn.Module:
     elif world.main:
         node, model = dict(state.architecture.node), state.architecture.build()
         load_weights(model, folder)
-    architecture, lineage = _architecture(world.share(node), state), world.share(lineage)
+    architecture, lineage = _architecture(world.broadcast(node), state), world.broadcast(lineage)
     return _shared(state, model, architecture, lineage).requires_grad_(False)

@@ -18,7 +18,7 @@ from prune_cli.measure import accuracy, semi_structured, storage
 from prune_cli.measure import cost as measure
 from prune_cli.measure import latency as timing
 from prune_cli.measure.layer_times import layer_times
-from prune_cli.measure.storage import Form, Storage
+from prune_cli.measure.storage import MaskFormat, Storage
 from prune_cli.pipeline.state import State
 
 CONV = "Conv"  # in the class name of every convolution
@@ -104,7 +104,7 @@ def storage_of(state: State) -> dict[str, dict[str, Any]]:
         if sizes is not None:
             kind, cost = "shared", Storage(sizes.values, indices=sizes.indices, codebooks=sizes.codebook)
         elif mask is not None and not coded:
-            kind, cost = storage.stored(state.forms.get(name, Form()), mask, tensor.shape, bits)
+            kind, cost = storage.stored(state.forms.get(name, MaskFormat()), mask, tensor.shape, bits)
         elif name in striped:  # one bit per stripe says as much as the numbers that the network computes with
             kind, cost = "stripe", storage.positions(striped[name].out_channels * math.prod(striped[name].kernel_size))
         else:

@@ -81,11 +81,11 @@ def _tables(folder: Path, table: list[Row], layers: list[dict[str, Any]], histor
 def _reuse_or_compute(step: Step, state: State, key: str, store: Store, latency: bool) -> tuple[Path, State]:
     """The folder of the step's result and the state after it. Of several processes rank 0 alone touches the store."""
     world, folder = state.world, store.root / key
-    if world.share(store.find(key) is not None if world.main else None):
+    if world.broadcast(store.find(key) is not None if world.main else None):
         log.info("%s: taken from the store (%s)", step.name, key)
         return folder, restore(folder, state)
     with store.lock(key, step.name) if world.main else nullcontext():
-        if world.share(store.find(key) is not None if world.main else None):
+        if world.broadcast(store.find(key) is not None if world.main else None):
             log.info("%s: another process has finished it (%s)", step.name, key)
             return folder, restore(folder, state)
         log.info("%s: starting (%s)", step.name, key)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prune_cli.compression.codec import Sizes
 from prune_cli.console import Console
 from prune_cli.data.dataset import Dataset
-from prune_cli.measure.storage import Form
+from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline.store import Slot
 from prune_cli.training.distributed import ALONE, World
 
@@ -85,7 +85,7 @@ class State:
     slot: Slot
     stage: str = "initial"
     masks: Mapping[str, Tensor] = field(default_factory=dict)
-    forms: Mapping[str, Form] = field(default_factory=dict)
+    forms: Mapping[str, MaskFormat] = field(default_factory=dict)
     lineage: Mapping[str, Any] | None = None
     dense: Path | None = None
     interrupted: Callable[[], bool] = lambda: False
@@ -105,10 +105,10 @@ class State:
     def unfinished(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest checkpoint inside the running stage, the same on every rank; None for a fresh start."""
         found = self.slot.load() if self.world.main else None
-        if not self.world.share(found is not None):
+        if not self.world.broadcast(found is not None):
             return None
         tensors, numbers = found or (None, None)
-        return self.world.share_tensors(tensors), self.world.share(numbers)
+        return self.world.broadcast_tensors(tensors), self.world.broadcast(numbers)
 
     def keep(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Replaces the checkpoint inside the running stage; only rank 0 writes."""

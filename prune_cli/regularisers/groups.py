@@ -142,7 +142,7 @@ def growing(
     def add(step: int, memory: dict[str, Tensor]) -> None:
         factor = min(ceiling, delta * (step // every))
         if CHOSEN not in memory and factor >= choose_at:
-            memory[CHOSEN] = ~torch.from_numpy(keep.select(plan, magnitudes(model, plan), ratio))
+            memory[CHOSEN] = ~torch.from_numpy(keep.lowest_units(plan, magnitudes(model, plan), ratio))
             memory[CHOSEN][0] = False
         device = next(model.parameters()).device
         pushed = memory[CHOSEN] if CHOSEN in memory else torch.from_numpy(plan.everything())

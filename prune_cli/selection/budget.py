@@ -26,7 +26,7 @@ from prune_cli.structure.plan import Plan
 log = logging.getLogger(__name__)
 
 Quantity = Literal["macs", "params", "latency_ms"]
-Cost = Callable[[Sequence[int]], int | float]
+CostOf = Callable[[Sequence[int]], int | float]
 """Units removed from each group -> multiply-adds, parameters or milliseconds that are left."""
 
 NAMES = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "ms"}
@@ -59,7 +59,7 @@ class Budget:
 
     @property
     def quantity(self) -> Quantity:
-        """Which key is set."""
+        """LayerSelector key is set."""
         keys: tuple[Quantity, ...] = ("macs", "params", "latency_ms")
         return next(key for key in keys if getattr(self, key) is not None)
 
@@ -153,7 +153,7 @@ def fit(budget: Budget, ranking: Ranking, share: Fraction, model: nn.Module, exa
     return counts
 
 
-def kept_units(groups: Sequence[Group], keeps: Sequence[Tensor]) -> np.ndarray:
+def kept_in_plan(groups: Sequence[Group], keeps: Sequence[Tensor]) -> np.ndarray:
     """Bool per unit id of the channel plan that the groups share."""
     chosen: np.ndarray = _structured(groups).everything()
     for group, keep in zip(groups, keeps, strict=True):
@@ -162,7 +162,7 @@ def kept_units(groups: Sequence[Group], keeps: Sequence[Tensor]) -> np.ndarray:
     return chosen
 
 
-def _refined(counts: list[int], fewer: Sequence[int], cost: Cost, allowed: Fraction) -> list[int]:
+def _refined(counts: list[int], fewer: Sequence[int], cost: CostOf, allowed: Fraction) -> list[int]:
     """Gives back what still fits of the last step, the most costly first."""
     there = cost(counts)
     trials = []
@@ -196,12 +196,12 @@ def _shrunk(
 ) -> nn.Module:
     if not groups:
         return model
-    return surgery.shrink(model, _structured(groups), _keep(groups, orders, counts)).model
+    return surgery.remove_units(model, _structured(groups), _keep(groups, orders, counts)).model
 
 
 def _cost(
     quantity: Quantity, groups: Sequence[Group], orders: Sequence[np.ndarray], model: nn.Module, example_inputs: Tensor
-) -> Cost:
+) -> CostOf:
     """Multiply-adds or parameters: of the smaller network where there will be one, else of what is not masked."""
     if not groups or groups[0].structure is None:
         return _of_weights(quantity, groups, model, example_inputs)
@@ -214,7 +214,7 @@ def _cost(
     return count
 
 
-def _of_weights(quantity: Quantity, groups: Sequence[Group], model: nn.Module, example_inputs: Tensor) -> Cost:
+def _of_weights(quantity: Quantity, groups: Sequence[Group], model: nn.Module, example_inputs: Tensor) -> CostOf:
     """Every unit of a group masks equally many weights; a weight masked is its products saved."""
     found = measure.cost(model, example_inputs)
     macs = {layer.name: layer.macs for layer in found.layers}
@@ -240,7 +240,7 @@ def _of_weights(quantity: Quantity, groups: Sequence[Group], model: nn.Module, e
     return count
 
 
-def _milliseconds(table: latency_table.Table, groups: Sequence[Group], orders: Sequence[np.ndarray]) -> Cost:
+def _milliseconds(table: latency_table.Table, groups: Sequence[Group], orders: Sequence[np.ndarray]) -> CostOf:
     def predict(counts: Sequence[int]) -> float:
         return table.predict(_keep(groups, orders, counts)).median_ms
 

@@ -30,7 +30,7 @@ from prune_cli.granularities.units import (
     Units,
 )
 from prune_cli.masks import Masks
-from prune_cli.measure.storage import Form
+from prune_cli.measure.storage import MaskFormat
 from prune_cli.selection import budget as budgets
 from prune_cli.selection import targets
 from prune_cli.selection.budget import Budget
@@ -88,10 +88,10 @@ class Granularity:
         """The ratio asked of each weight, by parameter name."""
         return targets.ratios(model, self.ratio, self.rules, self.ratio_file)
 
-    def forms(self, model: nn.Module, masks: Masks) -> dict[str, Form]:
+    def forms(self, model: nn.Module, masks: Masks) -> dict[str, MaskFormat]:
         """How each of the masks that these units made is stored."""
         known = self.units.forms(model, self.ratios(model)) if isinstance(self.units, Formed) else {}
-        return {name: known.get(name, Form()) for name in masks}
+        return {name: known.get(name, MaskFormat()) for name in masks}
 
     def named(self, model: nn.Module) -> frozenset[str]:
         """The weights that rules or a file ask for by name, not only by type."""

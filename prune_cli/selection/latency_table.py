@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prune_cli.measure import latency
 from prune_cli.measure.layer_times import layer_times
 from prune_cli.structure import surgery
-from prune_cli.structure.plan import Cost, Plan
+from prune_cli.structure.plan import Plan, PlanCost
 
 WIDTHS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
@@ -42,7 +42,7 @@ class Table:
     """
 
     plan: Plan
-    dense: Mapping[str, Cost]
+    dense: Mapping[str, PlanCost]
     layers: Mapping[str, tuple[np.ndarray, np.ndarray]]
     rest: tuple[np.ndarray, np.ndarray]
     spread: tuple[np.ndarray, np.ndarray]
@@ -71,7 +71,7 @@ def measured(model: nn.Module, plan: Plan, image: Tensor) -> Table:
     widths, totals, spreads = [], [], []
     for fraction in WIDTHS:
         keep = _narrow(plan, fraction)
-        shrunk = surgery.shrink(model, plan, keep)
+        shrunk = surgery.remove_units(model, plan, keep)
         costs = shrunk.plan.count_layers(shrunk.keep)
         per_layer = layer_times(shrunk.model, image, [name for name in dense if name])
         for name in dense:
@@ -103,7 +103,7 @@ def _width(keep: np.ndarray) -> float:
     return float(keep[1:].mean()) if len(keep) > 1 else 1.0
 
 
-def _part(cost: Cost, dense: Cost) -> float:
+def _part(cost: PlanCost, dense: PlanCost) -> float:
     """Fraction of a layer's products that is left, or of its parameters where it has no products."""
     return cost.macs / dense.macs if dense.macs else cost.params / max(dense.params, 1)
 

@@ -1,4 +1,4 @@
-"""Which units go: exactly the lowest k of n, or what a budget leaves."""
+"""LayerSelector units go: exactly the lowest k of n, or what a budget leaves."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def select(
         requested = float(sum(group.ratio * group.scores.numel() for group in groups) / max(units, 1))
     gone = units - sum(int(keep.sum()) for keep in keeps)
     structure = groups[0].structure if groups else None
-    candidate = (structure.plan, budgets.kept_units(groups, keeps)) if structure else None
+    candidate = (structure.plan, budgets.kept_in_plan(groups, keeps)) if structure else None
     masks = combined(model, groups, keeps)
     return Selection(masks, units, gone, requested, *_channels(candidate), candidate)
 
@@ -112,7 +112,7 @@ def _channels(candidate: tuple[Plan, np.ndarray] | None) -> tuple[int, int]:
 def combined(model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor]) -> dict[str, Tensor]:
     """The masks of all groups by parameter name: an entry stays if every group that has a say in it keeps it."""
     if groups and groups[0].structure:
-        return slicing.structured_masks(model, groups[0].structure.plan, budgets.kept_units(groups, keeps))
+        return slicing.structured_masks(model, groups[0].structure.plan, budgets.kept_in_plan(groups, keeps))
     masks: dict[str, Tensor] = {}
     for group, keep in zip(groups, keeps, strict=True):
         for name, mask in group.mask(keep).items():
@@ -184,7 +184,7 @@ def _spared(groups: list[Group], keeps: list[Tensor]) -> list[Tensor]:
     for group in groups:
         if group.structure is not None:
             scores[group.structure.units] = group.scores.detach().cpu().numpy()
-    chosen = budgets.kept_units(groups, keeps)
+    chosen = budgets.kept_in_plan(groups, keeps)
     kept = torch.from_numpy(spared(structure.plan, chosen, scores))
     if more := int(kept.sum()) - int(chosen.sum()):
         log.warning("%d channels more stay, so that no layer is left without any", more)

@@ -1,4 +1,4 @@
-"""Which layers get what ratio: ordered rules, or a mapping from parameter names in a YAML file."""
+"""LayerSelector layers get what ratio: ordered rules, or a mapping from parameter names in a YAML file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from prune_cli.structure.prunable import layers
 
 
 @dataclass(frozen=True)
-class Which:
-    """Which layers a rule is about. A layer matches when it satisfies every key given; the last match wins.
+class LayerSelector:
+    """LayerSelector layers a rule is about. A layer matches when it satisfies every key given; the last match wins.
 
     Attributes:
         types: class names such as Conv2d; `default` stands for every layer type that can be pruned.
@@ -37,7 +37,7 @@ class Which:
 
 
 @dataclass(frozen=True)
-class Rule(Which):
+class Rule(LayerSelector):
     """One entry of `granularity.rules`.
 
     Attributes:
@@ -47,7 +47,7 @@ class Rule(Which):
     ratio: Ratio | None = None
 
 
-Chosen = TypeVar("Chosen", bound=Which)
+Chosen = TypeVar("Chosen", bound=LayerSelector)
 
 
 def ratios(model: nn.Module, ratio: float, rules: Sequence[Rule], ratio_file: Path | None) -> dict[str, float | str]:
@@ -97,7 +97,7 @@ def last_matches(found: dict[str, nn.Module], rules: Sequence[Chosen], path: str
     return {name: chosen[name] for name in found if name in chosen}
 
 
-def _matches(rule: Which, name: str, module: nn.Module, where: str, found: dict[str, nn.Module]) -> bool:
+def _matches(rule: LayerSelector, name: str, module: nn.Module, where: str, found: dict[str, nn.Module]) -> bool:
     if rule.types is not None and "default" not in rule.types and type(module).__name__ not in rule.types:
         return False
     if rule.names is not None:
@@ -115,7 +115,7 @@ def _matches(rule: Which, name: str, module: nn.Module, where: str, found: dict[
         raise ConfigError(f"{where}.names_re: {error}") from error
 
 
-def _why(rule: Which, found: dict[str, nn.Module]) -> str:
+def _why(rule: LayerSelector, found: dict[str, nn.Module]) -> str:
     kinds = {type(module).__name__ for module in found.values()}
     unknown = [kind for kind in rule.types or () if kind not in kinds and kind != "default"]
     return f"; the network has no {unknown[0]}{nearest(unknown[0], kinds)}" if unknown else ""

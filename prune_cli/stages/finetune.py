@@ -24,7 +24,7 @@ def finetune(
     Args:
         epochs: passes over the training split.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     return learning.trained(
         state,

@@ -182,7 +182,7 @@ def _accuracy(state: State, model: nn.Module, split: str) -> float:
 def _same_buffers(state: State, model: nn.Module) -> None:
     """Rank 0's norm statistics on every rank, where each has those of its own shards: what is measured must agree."""
     if state.world.size > 1:
-        shared = state.world.share_tensors(dict(model.named_buffers()) if state.world.main else None)
+        shared = state.world.broadcast_tensors(dict(model.named_buffers()) if state.world.main else None)
         for name, buffer in shared.items():
             model.get_buffer(name).copy_(buffer)
 
@@ -192,7 +192,7 @@ def resumed(state: State, optimizer: OptimizerFactory) -> Progress | None:
     found = state.unfinished()
     if not found:
         return None
-    progress = loop.restore(state.model, optimizer, *found)
+    progress = loop.restore_progress(state.model, optimizer, *found)
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
     return progress
 

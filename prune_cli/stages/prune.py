@@ -16,7 +16,7 @@ from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.files import artifacts
 from prune_cli.granularities.units import Constraint, Coupled
-from prune_cli.measure.storage import Form
+from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline import shrinking
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.schedules.requests import Done, Mask, Memo, Request, Split, Train
@@ -51,7 +51,7 @@ class _Course:
 
     memo: Memo | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
-    forms: dict[str, Form] = field(default_factory=dict)
+    forms: dict[str, MaskFormat] = field(default_factory=dict)
     progress: Progress | None = None
     facts: dict[str, float] = field(default_factory=dict)
     splits: dict[str, admm.Split] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def prune(
 
     Args:
         batch_size: images per step of the training that a schedule asks for.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
         calibration: images for criteria that need them.
     """
     whole, constraints = granularity.split(state.model)  # of the network as it came, also when going on
@@ -371,10 +371,10 @@ def _resumed(state: State, optimizer: OptimizerFactory) -> _Course:
     def placed(prefix: str) -> dict[str, Tensor]:
         return {name: value.to(state.device) for name, value in named(prefix).items()}
 
-    progress = loop.restore(state.model, optimizer, named(FIT), numbers["fit"])
+    progress = loop.restore_progress(state.model, optimizer, named(FIT), numbers["fit"])
     splits = {name: admm.Split(placed(f"{Z}{name}/"), placed(f"{U}{name}/")) for name in numbers["splits"]}
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
-    forms = {name: Form(**form) for name, form in numbers["forms"].items()}
+    forms = {name: MaskFormat(**form) for name, form in numbers["forms"].items()}
     return _Course(
         numbers["memo"],
         placed(MASKS),

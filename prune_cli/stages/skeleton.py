@@ -55,7 +55,7 @@ def skeleton(
             None leaves them as they are.
         epochs: passes over the training split.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     least = _least(state, granularity)
     names = list(least)

@@ -27,7 +27,7 @@ def sparsify(
         regulariser: (network, one image) -> penalty.
         epochs: passes over the training split.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
 
     penalty = regulariser(state.model, state.example_inputs())  # of the network as it came, also when going on

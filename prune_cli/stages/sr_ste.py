@@ -38,7 +38,7 @@ def sr_ste(
         decay: pull of masked weights towards zero, 2e-4 in the paper.
         epochs: passes over the training split.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     patterns = _patterns(state, granularity)
     method.attach(state.model, patterns, decay)

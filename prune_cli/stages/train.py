@@ -43,7 +43,7 @@ def train(
     Args:
         epochs: passes over the training split.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
         init: None trains the network as it is; `cfg:PATH` trains one with the widths of that file and fresh weights
             (from scratch in Liu et al., arXiv:1810.05270).
         init_budget: with `init`: `epochs` trains as long as told (Scratch-E), `compute` as many more epochs as the

@@ -1,4 +1,4 @@
-"""Which channels depend on which, what a candidate costs, and which units to remove.
+"""LayerSelector channels depend on which, what a candidate costs, and which units to remove.
 
 ``analyse`` executes the network once on labels (labels.py, operators/, labeller.py), solves the equations and tries the
 plan out on a hollow small network (surgery.py does the real one). A *unit* is what lives or dies together: a set of
@@ -18,59 +18,59 @@ from torch import Tensor, nn
 from prune_cli.errors import SurgeryError
 from prune_cli.structure import interpreter as tracing
 from prune_cli.structure import propagate
-from prune_cli.structure.interpreter import Example, Modules, Strictness, Trace
-from prune_cli.structure.labels import Ledger, flat, marks_of
+from prune_cli.structure.interpreter import Example, Fallbacks, Modules, Trace
+from prune_cli.structure.labels import Constraints, flat, marks_of
 from prune_cli.structure.modules import named_tensors, walk
 from prune_cli.structure.plan import AxisOf, Family, Plan, Tally
 
 log = logging.getLogger(__name__)
 
 
-def _label(model: nn.Module, example: Example, strictness: Strictness, refused: tuple[str, ...]) -> Plan:
-    ledger = Ledger()
+def _label(model: nn.Module, example: Example, fallbacks: Fallbacks, refused: tuple[str, ...]) -> Plan:
+    constraints = Constraints()
     modules = walk(model)
     traces: list[Trace] = []
-    parameters = propagate.mark_parameters(model, modules, ledger, strictness.tied)
+    parameters = propagate.mark_parameters(model, modules, constraints, fallbacks.tied)
     try:
-        trace, used = _run(model, example, modules, ledger, strictness, training=False)
+        trace, used = _run(model, example, modules, constraints, fallbacks, training=False)
         traces.append(trace)
         if any(id(tensor) not in used for tensor, _ in parameters.values()):  # an auxiliary head, for example
-            work = list(ledger.work)
+            work = list(constraints.work)
             try:
-                second, more = _run(model, example, modules, ledger, strictness, training=True)
+                second, more = _run(model, example, modules, constraints, fallbacks, training=True)
                 traces.append(second)
                 used |= more
             except SurgeryError:
                 log.debug("the model does not run in training mode on the example; auxiliary heads are not analysed")
-            ledger.work = work
+            constraints.work = work
         idle = [name for name, (tensor, _) in parameters.items() if id(tensor) not in used]
-        refused = tuple(dict.fromkeys((*refused, *_undecided(traces, idle, ledger))))
+        refused = tuple(dict.fromkeys((*refused, *_undecided(traces, idle, constraints))))
     finally:
         propagate.unmark(parameters)
-    classes = ledger.solve()
-    plan = _plan(model, example, parameters, ledger, classes, traces, refused)
-    return replace(plan, strictness=strictness)
+    classes = constraints.solve()
+    plan = _plan(model, example, parameters, constraints, classes, traces, refused)
+    return replace(plan, fallbacks=fallbacks)
 
 
 def _run(
     model: nn.Module,
     example: Example,
     modules: Modules,
-    ledger: Ledger,
-    strictness: Strictness,
+    constraints: Constraints,
+    fallbacks: Fallbacks,
     *,
     training: bool,
 ) -> tuple[Trace, set[int]]:
     """The trace, and the identities of the tensors that took part."""
     trace = Trace(training)
-    tracer = propagate.Labeller(modules, ledger, trace, strictness)
+    tracer = propagate.Labeller(modules, constraints, trace, fallbacks)
     for output in tracing.execute(model, example, tracer, training):
         for label in marks_of(output).fields:
-            ledger.freeze(label)
+            constraints.freeze(label)
     return trace, tracer.used
 
 
-def _undecided(traces: list[Trace], idle: list[str], ledger: Ledger) -> Iterator[str]:
+def _undecided(traces: list[Trace], idle: list[str], constraints: Constraints) -> Iterator[str]:
     """Keeps the channels in modules that decide by their data which layers run, where some did not: nobody knows
     what those layers would read."""
     for layer in sorted({layer for trace in traces for layer in trace.decides}):
@@ -80,7 +80,7 @@ def _undecided(traces: list[Trace], idle: list[str], ledger: Ledger) -> Iterator
                 for step in trace.steps:
                     if step.layer == layer or step.layer.startswith(inside):
                         for label in (label for _, marks in step.outs for label in marks.fields):
-                            ledger.freeze(label)
+                            constraints.freeze(label)
             yield f"{layer or 'the model'} chooses by its data what runs, and {left[0]} did not: its channels are kept"
 
 
@@ -88,13 +88,13 @@ def _plan(
     model: nn.Module,
     example: Example,
     parameters: Mapping[str, tuple[Tensor, dict[int, int]]],
-    ledger: Ledger,
+    constraints: Constraints,
     classes: np.ndarray,
     traces: list[Trace],
     refused: tuple[str, ...],
 ) -> Plan:
-    producing = _touched(ledger.producers, ledger.count)
-    consuming = _touched(ledger.consumers, ledger.count)
+    producing = _touched(constraints.producers, constraints.count)
+    consuming = _touched(constraints.consumers, constraints.count)
     live = np.zeros(int(classes.max()) + 1, dtype=bool)
     live[classes[producing]] = True
     live[0] = False
@@ -115,8 +115,8 @@ def _plan(
                 roles.append(((name, axis), ids, role))
     families = _families(roles, size)
     units, ranged, axes, size = _renumber(units, families, axes)
-    shared = _share(model, parameters, axes)
-    norms = frozenset(int(u) for array in ledger.norms for u in np.unique(units[np.maximum(array, 0)]) if u)
+    shared = _tie_names(model, parameters, axes)
+    norms = frozenset(int(u) for array in constraints.norms for u in np.unique(units[np.maximum(array, 0)]) if u)
     unknown = [
         f"{name} in {layer or 'the model'} is unknown: the channels that touch it are kept"
         for trace in traces
@@ -128,7 +128,7 @@ def _plan(
         size,
         (*dict.fromkeys(unknown), *refused),
         norms,
-        _tally(parameters, axes, ledger, units),
+        _tally(parameters, axes, constraints, units),
         example,
         tuple(traces),
         units,
@@ -196,7 +196,7 @@ def _renumber(
     return number[units], renamed, axes, len(order) + 1
 
 
-def _share(
+def _tie_names(
     model: nn.Module,
     parameters: Mapping[str, tuple[Tensor, dict[int, int]]],
     axes: Mapping[str, dict[int, np.ndarray]],
@@ -209,7 +209,7 @@ def _share(
 def _tally(
     parameters: Mapping[str, tuple[Tensor, dict[int, int]]],
     axes: Mapping[str, dict[int, np.ndarray]],
-    ledger: Ledger,
+    constraints: Constraints,
     units: np.ndarray,
 ) -> Tally:
     index: dict[bytes, int] = {}
@@ -245,7 +245,7 @@ def _tally(
             params.append((fixed, [shared(ids) for ids in mine.values()]))
             layers.append(name.rpartition(".")[0])
     macs, mac_layers = [], []
-    for work in ledger.work:
+    for work in constraints.work:
         static, which = work.static, []
         for factor in work.factors:
             ids = units[np.maximum(flat(factor), 0)]

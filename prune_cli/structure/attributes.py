@@ -45,7 +45,7 @@ def edits(
         traces: Executions of the dense network.
         units: Unit id per variable.
         keep: Bool per unit id.
-        guesses: Module name -> how attributes of unknown meaning are set (trace.Strictness).
+        guesses: Module name -> how attributes of unknown meaning are set (trace.Fallbacks).
 
     Returns:
         Module name -> attribute -> new value; ints and lists of ints.

@@ -12,7 +12,7 @@ from torch import nn
 from prune_cli.errors import SurgeryError
 from prune_cli.structure import attention
 from prune_cli.structure.analysis import _label, log
-from prune_cli.structure.interpreter import FROZEN_LEVEL, Example, Refused, Strictness, Trace
+from prune_cli.structure.interpreter import FROZEN_LEVEL, Example, Fallbacks, Refused, Trace
 from prune_cli.structure.keep import spared
 from prune_cli.structure.plan import Plan
 
@@ -58,7 +58,7 @@ def analyse(model: nn.Module, example_inputs: Example) -> Plan:
     Raises:
         SurgeryError: The model does not run on the example inputs.
     """
-    plan = _label(model, example_inputs, Strictness(), ())
+    plan = _label(model, example_inputs, Fallbacks(), ())
     if not any(trace.literal for trace in plan.traces):
         return plan
     return follow(model, plan, _trial)[0]
@@ -96,14 +96,14 @@ def _other_guess(model: nn.Module, plan: Plan, keep: np.ndarray, error: Refused)
     """The plan with another guess of the failing module's attributes, if that leads further."""
     from prune_cli.structure import checker, slicing
 
-    if plan.strictness.guesses.get(error.layer):
+    if plan.fallbacks.guesses.get(error.layer):
         return None
     code = {step.layer: step.code for step in plan.traces[error.trace].steps}
     twins = [name for name, kind in code.items() if kind == code.get(error.layer)] if code.get(error.layer) else []
     for guess in (1, 2):
         for layers in (twins, [error.layer]):
-            guesses = {**plan.strictness.guesses, **dict.fromkeys(layers, guess)}
-            other = replace(plan, strictness=replace(plan.strictness, guesses=guesses))
+            guesses = {**plan.fallbacks.guesses, **dict.fromkeys(layers, guess)}
+            other = replace(plan, fallbacks=replace(plan.fallbacks, guesses=guesses))
             if slicing.same_attributes(model, plan, other, keep):
                 continue
             try:
@@ -117,23 +117,23 @@ def _other_guess(model: nn.Module, plan: Plan, keep: np.ndarray, error: Refused)
 
 def _stricter(model: nn.Module, plan: Plan, error: Refused) -> Plan:
     """A plan that keeps the channels of one more operator, the one that did not follow."""
-    strictness = plan.strictness
+    fallbacks = plan.fallbacks
     module = dict(model.named_modules()).get(error.layer)
     code = attention.code_of(module)
     if (
         module is not None
         and (attention.has_heads(module) or error.name == "view")
         and code
-        and code not in strictness.tied
+        and code not in fallbacks.tied
         and type(module).__name__ not in attention.TIED_ATTENTION
         and attention.query_projection(module)
     ):
-        strictness = replace(strictness, tied=strictness.tied | {code})
-        return _label(model, plan.example, strictness, plan.refused)
-    levels = dict(strictness.levels)
+        fallbacks = replace(fallbacks, tied=fallbacks.tied | {code})
+        return _label(model, plan.example, fallbacks, plan.refused)
+    levels = dict(fallbacks.levels)
     _raise_level(plan, levels, error)
     refused = (*plan.refused, f"{error}: its channels are kept")
-    return _label(model, plan.example, replace(strictness, levels=levels), tuple(dict.fromkeys(refused)))
+    return _label(model, plan.example, replace(fallbacks, levels=levels), tuple(dict.fromkeys(refused)))
 
 
 def _raise_level(plan: Plan, levels: dict[tuple[bool, int], int], error: Refused) -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from prune_cli.errors import SurgeryError
 from prune_cli.structure.labels import Marks, marks_of
-from prune_cli.structure.shape_only import HEAVY, LIGHT, SHAPED, VIEWS, Pages, product, shaped, skipped
+from prune_cli.structure.shape_only import HEAVY, LIGHT, SHAPED, VIEWS, ZeroBlocks, product, shaped, skipped
 
 Example = Any  # a tensor, a tuple of positional arguments or a dict of keyword arguments
 Modules = Sequence[tuple[str, nn.Module]]  # dotted names and modules, from walk
@@ -67,7 +67,7 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
-class Strictness:
+class Fallbacks:
     """What earlier checks have taught.
 
     Attributes:
@@ -93,7 +93,7 @@ LOCAL = {
     "index",
     "roll",
 }
-NORMS = {
+NORM_OPERATORS = {
     "native_layer_norm", "native_group_norm", "_fused_rms_norm", "mean", "var", "var_mean", "_softmax", "_safe_softmax",
     "std", "std_mean", "native_batch_norm",
 }  # fmt: skip
@@ -146,7 +146,7 @@ class Tracer(TorchDispatchMode):
         self.ordinal = -1
         self.current = ""
         self.running = False
-        self.pages = Pages()
+        self.pages = ZeroBlocks()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

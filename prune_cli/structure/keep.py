@@ -1,4 +1,4 @@
-"""Which units of a plan stay: counts and lowest scores per family."""
+"""LayerSelector units of a plan stay: counts and lowest scores per family."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def lowest(scores: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(scores, kind="stable")[:k]
 
 
-def select(
+def lowest_units(
     plan: Plan, scores: np.ndarray | None = None, ratio: float | Mapping[str, float] = 0.5, min_keep: int = 1
 ) -> np.ndarray:
     """Removes the lowest-scored fraction of every family.

@@ -111,7 +111,7 @@ class Work:
 
 
 @dataclass(slots=True)
-class Ledger:
+class Constraints:
     """Everything that one execution on labels says about the variables."""
 
     count: int = 1  # variables handed out; 0 is FIXED

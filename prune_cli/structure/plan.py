@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prune_cli.errors import SurgeryError
-from prune_cli.structure.interpreter import Example, Strictness, Trace
+from prune_cli.structure.interpreter import Example, Fallbacks, Trace
 
 AxisOf = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class PlanCost:
     """Parameters, and multiply-adds (one multiply-add = 1) of one forward pass on the example inputs."""
 
     params: int
@@ -76,14 +76,14 @@ class Plan:
     traces: tuple[Trace, ...] = field(repr=False)
     variables: np.ndarray = field(repr=False)  # unit id per variable of the traces
     refused: tuple[str, ...] = ()
-    strictness: Strictness = field(default_factory=Strictness, repr=False)
+    fallbacks: Fallbacks = field(default_factory=Fallbacks, repr=False)
 
     def everything(self) -> np.ndarray:
         """The ``keep`` array that removes nothing."""
         return np.ones(self.size, dtype=bool)
 
-    def count(self, keep: np.ndarray) -> Cost:
-        """Cost of the network that keeps these units, by arithmetic alone.
+    def count(self, keep: np.ndarray) -> PlanCost:
+        """PlanCost of the network that keeps these units, by arithmetic alone.
 
         Args:
             keep: Bool array of length ``size``, indexed by unit id.
@@ -92,9 +92,9 @@ class Plan:
             Parameters and multiply-adds, equal to what counting the built network gives.
         """
         kept = self._kept(keep)
-        return Cost(_total(self.tally.params, kept), _total(self.tally.macs, kept))
+        return PlanCost(_total(self.tally.params, kept), _total(self.tally.macs, kept))
 
-    def count_layers(self, keep: np.ndarray) -> dict[str, Cost]:
+    def count_layers(self, keep: np.ndarray) -> dict[str, PlanCost]:
         """The same per layer (dotted module name), in the order of the parameters."""
         kept = self._kept(keep)
         params = _rows(self.tally.params, kept)
@@ -104,7 +104,7 @@ class Plan:
             totals.setdefault(layer, [0, 0])[0] += int(value)
         for layer, value in zip(self.tally.mac_layers, macs, strict=True):
             totals.setdefault(layer, [0, 0])[1] += int(value)
-        return {layer: Cost(*pair) for layer, pair in totals.items()}
+        return {layer: PlanCost(*pair) for layer, pair in totals.items()}
 
     def _kept(self, keep: np.ndarray) -> np.ndarray:
         if keep.shape != (self.size,) or keep.dtype != np.bool_:

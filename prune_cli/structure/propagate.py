@@ -18,18 +18,18 @@ from prune_cli.structure.interpreter import (
     FREE,
     FROZEN_LEVEL,
     LOCAL,
-    NORMS,
+    NORM_OPERATORS,
     Cut,
+    Fallbacks,
     Modules,
     Step,
-    Strictness,
     Trace,
     Tracer,
     scalar_of,
 )
-from prune_cli.structure.labels import NOTHING, Kind, Ledger, Marks, marks_of, varied, vector
+from prune_cli.structure.labels import NOTHING, Constraints, Kind, Marks, marks_of, varied, vector
 from prune_cli.structure.modules import named_tensors, widths_of
-from prune_cli.structure.operators.call import Call, Result, Unsupported, axis_of, tensors
+from prune_cli.structure.operators.call import Call, Result, Unsupported, positive_axis, tensors
 from prune_cli.structure.operators.mixing import per_channel, pointwise
 from prune_cli.structure.operators.table import factory, frozen, rule
 
@@ -53,10 +53,10 @@ def _zeros_first(pads: Sequence[int], fields: Sequence[Tensor]) -> Iterator[Tens
 class Labeller(Tracer):
     """Executes the dense network on labels."""
 
-    def __init__(self, modules: Modules, ledger: Ledger, trace: Trace, strictness: Strictness):
+    def __init__(self, modules: Modules, constraints: Constraints, trace: Trace, fallbacks: Fallbacks):
         super().__init__(modules)
-        self.ledger, self.trace = ledger, trace
-        self.levels, self.tied = strictness.levels, strictness.tied
+        self.constraints, self.trace = constraints, trace
+        self.levels, self.tied = fallbacks.levels, fallbacks.tied
         self.flattening = False  # inside a flatten, whose sizes are never spelt out
         self.codes: dict[int, tuple[str, str | None, bool]] = {}
         self.used: set[int] = set()  # identities of the tensors that took part
@@ -94,7 +94,7 @@ class Labeller(Tracer):
         code, heads, norm = self.codes.get(id(module)) or self.about(module)
         level = self.levels.get((self.trace.training, self.ordinal), 0) if self.levels else 0
         inputs = tensors(args, kwargs)
-        call = Call(name, func, args, kwargs, out, self.ledger, inputs, level, heads, norm, layer)
+        call = Call(name, func, args, kwargs, out, self.constraints, inputs, level, heads, norm, layer)
         found = rule(name, func)
         mark = found or frozen
         labelled = any(marks_of(t).fields for t in inputs)
@@ -103,7 +103,7 @@ class Labeller(Tracer):
             self.trace.decides.add(layer)
         if not self.trace.literal and not self._follows(call, found, labelled, module):
             self.trace.literal = True
-        local = labelled and (name in LOCAL or name in NORMS)
+        local = labelled and (name in LOCAL or name in NORM_OPERATORS)
         source = (args[0].shape, marks_of(args[0])) if local else None
         if found is None and labelled:
             self.trace.unknown[str(func)] = layer
@@ -162,7 +162,7 @@ class Labeller(Tracer):
         if call.heads and call.cut and seen and seen[0][1].fields:
             self.trace.cuts.append(Cut(call.layer, tuple(call.out.shape), seen[0][1].fields[0]))
         if "split" in call.name and len(seen) > 1 and seen[0][1].fields:
-            axis = axis_of(call.arg(2, "dim", 0), call.args[0].dim())
+            axis = positive_axis(call.arg(2, "dim", 0), call.args[0].dim())
             parts = [[f for f in mark.fields if varied(f) == (axis,)] for _, mark in seen]
             if all(parts):
                 lines = tuple(vector(found[0], axis) for found in parts)
@@ -184,19 +184,19 @@ class Labeller(Tracer):
         module = self.stack[-1][1]
         if module is None or not widths_of(module, len(line)):
             return False
-        self.ledger.tie(self.counted.setdefault((call.layer, len(line)), line), line)
+        self.constraints.tie(self.counted.setdefault((call.layer, len(line)), line), line)
         return True
 
     def _checked(self, tensor: Tensor, mark: Marks) -> Marks:
         if all(label.shape == tensor.shape for label in mark.fields):
             return mark
         for label in mark.fields:
-            self.ledger.freeze(label)
+            self.constraints.freeze(label)
         return NOTHING
 
 
 def mark_parameters(
-    model: nn.Module, modules: Modules, ledger: Ledger, tied: frozenset[str] = frozenset()
+    model: nn.Module, modules: Modules, constraints: Constraints, tied: frozenset[str] = frozenset()
 ) -> Parameters:
     """Gives every axis of every floating-point parameter and buffer its own variables.
 
@@ -219,8 +219,8 @@ def mark_parameters(
         axes = 2 if id(tensor) in kernels else tensor.dim()  # what is left of a kernel keeps its size
         for axis, size in enumerate(tensor.shape[:axes]):
             if size > 1:
-                first[axis] = ledger.count
-                fields.append(ledger.fresh_along(axis, tensor.shape))
+                first[axis] = constraints.count
+                fields.append(constraints.fresh_along(axis, tensor.shape))
         zero = type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter) or (name in blank and not tensor.any())
         tensor._prune_marks = Marks(tuple(fields), Kind.WEIGHT, zero)  # type: ignore[attr-defined]
         found[name] = (tensor, first)
@@ -235,7 +235,7 @@ def mark_parameters(
             tensor, first = found[full]
             fields_ = marks_of(tensor).fields
             if len(fields_) == 2 and tensor.shape[0] in (tensor.shape[1], 3 * tensor.shape[1]):
-                ledger.tie(fields_[0][: tensor.shape[1], 0], fields_[1][0])
+                constraints.tie(fields_[0][: tensor.shape[1], 0], fields_[1][0])
     return found
 
 

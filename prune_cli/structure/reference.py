@@ -33,14 +33,14 @@ class KeptNorms(Tracer):
         self.steps: dict[tuple[str, str, int], Step] = {}  # layer, operator, how many times before
         self.seen: Counter[tuple[str, str]] = Counter()
         for step in trace.steps:
-            if step.name in tracing.NORMS:
+            if step.name in tracing.NORM_OPERATORS:
                 self.steps[step.layer, step.name, self.seen[step.layer, step.name]] = step
                 self.seen[step.layer, step.name] += 1
         self.seen.clear()
 
     def run(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
         """Computes an operator; norms over the kept positions."""
-        if name not in tracing.NORMS:
+        if name not in tracing.NORM_OPERATORS:
             return super().run(name, func, args, kwargs)
         step = self.steps.get((self.layer, name, self.seen[self.layer, name]))
         self.seen[self.layer, name] += 1
@@ -148,7 +148,7 @@ def difference(model: nn.Module, shrunk: Shrunk, example: Example) -> float:
 
     Args:
         model: The dense network, both in evaluation.
-        shrunk: From ``surgery.shrink``.
+        shrunk: From ``surgery.remove_units``.
         example: Inputs of the same shapes as the plan's example.
     """
     want = forward(model, shrunk.plan, shrunk.keep, example)

@@ -25,7 +25,7 @@ KINDS = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.i
 CHUNK = 1 << 24
 
 
-class Pages:
+class ZeroBlocks:
     """Hands out zeros of which nothing is ever written: parts of large blocks whose pages are not touched."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Pages:
 NO_BLOCK = np.zeros(0, np.float32)
 
 
-def skipped(pages: Pages, name: str, mutable: bool, args: tuple[Any, ...]) -> Any:
+def skipped(pages: ZeroBlocks, name: str, mutable: bool, args: tuple[Any, ...]) -> Any:
     """The output of a light operator on a hollow activation without computing it; None if it must be computed."""
     source = args[0]
     if not isinstance(source, Tensor) or not getattr(source, "_prune_hollow", False) or not source.is_contiguous():
@@ -84,7 +84,7 @@ def _spreads(shape: Sequence[int], target: Sequence[int]) -> bool:
     return len(shape) <= len(target) and all(a in (1, b) for a, b in pairs)
 
 
-def shaped(pages: Pages, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def shaped(pages: ZeroBlocks, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output of an operator on hollow activations whose shape is known without it; None if it must be computed."""
     if name == "cat":
         return _cat(pages, *args) if not kwargs else None
@@ -110,7 +110,7 @@ def shaped(pages: Pages, name: str, func: Any, args: tuple[Any, ...], kwargs: di
     return tuple(pages.zeros(part, (*source.shape[:2], *part.shape[2:])) for part in one)
 
 
-def _cat(pages: Pages, parts: Sequence[Tensor], axis: int = 0) -> Tensor | None:
+def _cat(pages: ZeroBlocks, parts: Sequence[Tensor], axis: int = 0) -> Tensor | None:
     first = parts[0]
     if not all(getattr(p, "_prune_hollow", False) and p.dtype == first.dtype and p.is_contiguous() for p in parts):
         return None
@@ -121,7 +121,7 @@ def _cat(pages: Pages, parts: Sequence[Tensor], axis: int = 0) -> Tensor | None:
     return pages.zeros(first, (*rest[0], sum(p.shape[axis] for p in parts), *rest[1]))
 
 
-def product(pages: Pages, name: str, args: tuple[Any, ...]) -> Tensor:
+def product(pages: ZeroBlocks, name: str, args: tuple[Any, ...]) -> Tensor:
     """The zeros that stand for a convolution or matrix product; refuses shapes that do not fit."""
     if name == "convolution":
         source, weight, bias, stride, padding, dilation, transposed, extra, groups = args

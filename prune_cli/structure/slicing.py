@@ -182,7 +182,7 @@ def hollow(model: nn.Module, plan: Plan, keep: np.ndarray) -> nn.Module:
 
 
 def _attributes(model: nn.Module, small: nn.Module, plan: Plan, keep: np.ndarray) -> widths.Edits:
-    return widths.edits(model, small, plan.traces, plan.variables, keep, plan.strictness.guesses)
+    return widths.edits(model, small, plan.traces, plan.variables, keep, plan.fallbacks.guesses)
 
 
 def same_attributes(model: nn.Module, plan: Plan, other: Plan, keep: np.ndarray) -> bool:

@@ -40,7 +40,9 @@ class Shrunk:
     keep: np.ndarray
 
 
-def shrink(model: nn.Module, plan: Plan, keep: np.ndarray, optimizer: torch.optim.Optimizer | None = None) -> Shrunk:
+def remove_units(
+    model: nn.Module, plan: Plan, keep: np.ndarray, optimizer: torch.optim.Optimizer | None = None
+) -> Shrunk:
     """Removes units and returns a new, smaller module.
 
     Parameter names, ties, hooks, ``requires_grad``, gradients and the modes survive. The dense model stays as it was.

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from prune_cli.errors import ConfigError
 
 PATIENCE = timedelta(minutes=30)  # for a rank that works on something alone
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class World:
         """(rank, size), the share of every batch."""
         return self.rank, self.size
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON-serialisable value, on every rank."""
         if self.size == 1:
             return value
@@ -56,12 +56,12 @@ class World:
         dist.broadcast_object_list(text, src=0, group=_control())
         return json.loads(str(text[0]))
 
-    def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Rank 0's tensors on every rank, on the CPU; the other ranks pass None."""
         if self.size == 1:
             return dict(tensors or {})
         own = {name: value.detach().cpu().contiguous() for name, value in (tensors or {}).items()}
-        forms = self.share([(name, list(value.shape), str(value.dtype)[6:]) for name, value in own.items()])
+        forms = self.broadcast([(name, list(value.shape), str(value.dtype)[6:]) for name, value in own.items()])
         shared = {}
         for name, shape, dtype in forms:
             value = own[name] if self.main else torch.empty(shape, dtype=getattr(torch, dtype))
@@ -197,7 +197,7 @@ def parallel(model: nn.Module, world: World, *, sync_norms: bool) -> Iterator[nn
         yield model
         return
     device = next(model.parameters()).device
-    norms = [module for module in model.modules() if isinstance(module, NORMS)] if sync_norms else []
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)] if sync_norms else []
     if norms and device.type != "cuda":
         raise ConfigError("fit.sync_norms=true needs GPUs: torch synchronises batch norms there only")
     kinds = [type(norm) for norm in norms]

@@ -36,7 +36,7 @@ class Skeleton(nn.Module):
         return weight * (self.strength * self.alive)
 
     @torch.no_grad()
-    def bury(self, threshold: float, least: int) -> None:
+    def kill_weak(self, threshold: float, least: int) -> None:
         """Stripes whose |I| is not above the threshold die, but for the `least` strongest of the layer."""
         strength = self.strength.abs().masked_fill(~self.alive, -1.0).flatten()
         strongest = torch.sort(strength, descending=True, stable=True).indices[:least]
@@ -88,7 +88,7 @@ class Shrinkage:
     def __call__(self, step: int, memory: dict[str, Tensor]) -> None:
         for name, skeleton in self._skeletons:
             strength, alive = skeleton.strength, skeleton.alive
-            skeleton.bury(self._threshold, self._least.get(name, 0))
+            skeleton.kill_weak(self._threshold, self._least.get(name, 0))
             strength.mul_(alive)  # momentum may have moved the dead
             if strength.grad is not None:
                 strength.grad.add_(strength.sign(), alpha=self._alpha).mul_(alive)
@@ -114,7 +114,7 @@ def detach(
     """
     masks: dict[str, Tensor] = {}
     for name, skeleton in _skeletons(model, list(names)):
-        skeleton.bury(threshold, (least or {}).get(name, 0))
+        skeleton.kill_weak(threshold, (least or {}).get(name, 0))
         masks[name] = skeleton.alive.clone()
         parametrize.remove_parametrizations(
             model.get_submodule(name.rpartition(".")[0]), "weight", leave_parametrized=True

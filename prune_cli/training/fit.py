@@ -124,7 +124,7 @@ class Progress:
         return {key: getattr(self, key) for key in keys} | {"best_score": repr(self.best_score)}
 
 
-def restore(
+def restore_progress(
     model: nn.Module, factory: OptimizerFactory, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> Progress:
     """The inverse of `Progress.tensors` and `Progress.numbers`; loads the weights into `model`."""
@@ -295,8 +295,8 @@ class _Step:
         lowered = self.options.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if lowered else nullcontext():
             value = self.loss(self.forward, images, labels)
-        share = self._share(len(labels)) / self.options.accumulate
-        (value if share == 1 else value * share).backward()
+        weight = self._batch_weight(len(labels)) / self.options.accumulate
+        (value if weight == 1 else value * weight).backward()
         self.value = value.detach()
         if not last and (self.progress.step + 1) % self.options.accumulate:
             return False
@@ -312,7 +312,7 @@ class _Step:
             self._average()
         return True
 
-    def _share(self, count: int) -> float:
+    def _batch_weight(self, count: int) -> float:
         """What makes the mean of the ranks' gradients the mean over the whole batch, where shards differ in size."""
         if self.world.size == 1:
             return 1.0

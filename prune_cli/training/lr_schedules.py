@@ -30,16 +30,16 @@ def cosine(time: float, epochs: int, *, floor: float = 0.0, warmup: float = 0.0)
     """Half a cosine from 1 down to `floor` after the warm-up (SGDR without restarts, arXiv:1608.03983)."""
     if time < warmup:
         return _warm(time, warmup)
-    share = min((time - warmup) / max(epochs - warmup, 1e-9), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+    fraction = min((time - warmup) / max(epochs - warmup, 1e-9), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
 def one_cycle(time: float, epochs: int, *, peak: float = 0.3, start: float = 0.04, floor: float = 1e-4) -> float:
     """Linear from `start` to 1 at `peak` (a fraction of the training), then linear to `floor` (arXiv:1708.07120)."""
-    share = min(time / max(epochs, 1e-9), 1.0)
-    if share < peak:
-        return start + (1 - start) * share / peak
-    return 1 + (floor - 1) * (share - peak) / (1 - peak)
+    fraction = min(time / max(epochs, 1e-9), 1.0)
+    if fraction < peak:
+        return start + (1 - start) * fraction / peak
+    return 1 + (floor - 1) * (fraction - peak) / (1 - peak)
 
 
 def _warm(time: float, warmup: float) -> float:

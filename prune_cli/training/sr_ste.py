@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prune_cli.granularities.n_m import axis_of, nm_mask
+from prune_cli.granularities.n_m import input_axis, nm_mask
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -59,7 +59,7 @@ def attach(model: nn.Module, patterns: Mapping[str, tuple[int, int]], decay: flo
         decay: see `SrSte`.
     """
     for name, (m, n) in patterns.items():
-        axis = axis_of(model, name)
+        axis = input_axis(model, name)
         parametrize.register_parametrization(
             model.get_submodule(name.rpartition(".")[0]), "weight", SrSte(m, n, axis, decay), unsafe=True
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prune_cli.compression.kmeans import Shared, centroid_gradient
+from prune_cli.compression.kmeans import Clustered, centroid_gradient
 
 
 class _Spread(torch.autograd.Function):
@@ -36,7 +36,7 @@ class Centroids(nn.Module):
         shared: the clustered weight. Its assignment is no buffer: it never changes, and a resumed stage finds it again.
     """
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Clustered) -> None:
         super().__init__()
         flat = shared.assignment.flatten()
         self._places = torch.nonzero(flat >= 0).flatten()
@@ -51,7 +51,7 @@ class Centroids(nn.Module):
         return self._codebook.clone()
 
 
-def attach(model: nn.Module, shared: Mapping[str, Shared]) -> None:
+def attach(model: nn.Module, shared: Mapping[str, Clustered]) -> None:
     """Lets a network compute with shared weights, in place, and train their centroids; `detach` ends it."""
     for name, layer in shared.items():
         module = model.get_submodule(name.rpartition(".")[0])

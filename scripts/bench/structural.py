@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from prune_cli.structure import follow, surgery
-from prune_cli.structure.keep import select
+from prune_cli.structure.keep import lowest_units
 
 DEFAULT = "resnet18,resnet50,mobilenet_v2,efficientnet_b0,densenet121"
 COLUMNS = (
@@ -76,7 +76,7 @@ def ours(model: nn.Module, example: Tensor) -> tuple[float, float]:
     start = time.process_time()
     plan = follow.analyse(model, example)
     middle = time.process_time()
-    surgery.shrink(model, plan, select(plan, None, 0.5))
+    surgery.remove_units(model, plan, lowest_units(plan, None, 0.5))
     return middle - start, time.process_time() - middle
 
 
@@ -103,10 +103,10 @@ def forward(model: nn.Module, example: Tensor) -> None:
 def counting(model: nn.Module, example: Tensor) -> float:
     """How many times faster a candidate is counted by arithmetic than by building and counting it."""
     plan = follow.analyse(model, example)
-    keep = select(plan, None, 0.5)
+    keep = lowest_units(plan, None, 0.5)
 
     def built() -> None:
-        small = surgery.shrink(model, plan, keep).model
+        small = surgery.remove_units(model, plan, keep).model
         with FlopCounterMode(display=False), torch.no_grad():
             small.to("meta")(example.to("meta"))
 

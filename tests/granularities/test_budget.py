@@ -20,7 +20,7 @@ from prune_cli.granularities.units import Context
 from prune_cli.measure import cost as measure
 from prune_cli.measure import layer_times
 from prune_cli.selection import latency_table
-from prune_cli.selection.budget import Budget, fit, kept_units
+from prune_cli.selection.budget import Budget, fit, kept_in_plan
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import Limits, even, rank
 from prune_cli.selection.select import select
@@ -51,7 +51,7 @@ def built(model: nn.Module, masks: dict[str, torch.Tensor]) -> measure.Cost:
                 weight = model.get_parameter(name)
                 rows = masks[name].expand(weight.shape).movedim(axis, 0).flatten(1).any(1)
                 keep[plan.axes[name][axis][~rows.numpy()]] = False
-    return measure.cost(surgery.shrink(model, plan, keep).model, IMAGE)
+    return measure.cost(surgery.remove_units(model, plan, keep).model, IMAGE)
 
 
 def groups_of(model: nn.Module, units: Filter | Element, dependency="group"):
@@ -99,7 +99,7 @@ def test_the_built_network_is_inside_and_one_unit_more_would_not_be(seed, widths
 def surgery_of(model: nn.Module, ranking, counts: list[int], quantity: str) -> int:
     """What the network costs that is built without these units."""
     plan = ranking.groups[0].structure.plan
-    keep = kept_units(ranking.groups, ranking.keep(counts))
+    keep = kept_in_plan(ranking.groups, ranking.keep(counts))
     return getattr(plan.count(keep), quantity)
 
 
@@ -108,8 +108,8 @@ def test_candidates_cost_what_the_built_network_costs():
     ranking = rank(groups_of(model, Filter()), "global", "none", Limits())
     plan = ranking.groups[0].structure.plan
     for step in range(0, ranking.steps + 1, 3):
-        keep = kept_units(ranking.groups, ranking.keep(ranking.counts(Fraction(step, ranking.steps))))
-        cost = measure.cost(surgery.shrink(model, plan, keep).model, IMAGE)
+        keep = kept_in_plan(ranking.groups, ranking.keep(ranking.counts(Fraction(step, ranking.steps))))
+        cost = measure.cost(surgery.remove_units(model, plan, keep).model, IMAGE)
         assert (cost.macs, cost.params) == (plan.count(keep).macs, plan.count(keep).params)
 
 

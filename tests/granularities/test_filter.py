@@ -1,4 +1,4 @@
-"""Which filters go: coupled layers that share a score, vote or stay whole, and what is said about the request."""
+"""LayerSelector filters go: coupled layers that share a score, vote or stay whole, and what is said about the request."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def test_masked_equals_shrunk_for_every_way_of_deciding(model):
             ids = plan.axes[f"{name}.weight"][0]
             mask = chosen.masks.get(f"{name}.weight", torch.ones(1, 1, 1, 1))
             keep[ids] = mask.expand(len(ids), -1, -1, -1).flatten(1).any(1).numpy()
-        small = surgery.shrink(model, plan, keep).model
-        masked = surgery.shrink(model, plan, plan.everything()).model
+        small = surgery.remove_units(model, plan, keep).model
+        masked = surgery.remove_units(model, plan, plan.everything()).model
         with torch.no_grad():
             for name, mask in chosen.masks.items():
                 masked.get_parameter(name).mul_(mask)

@@ -19,7 +19,7 @@ from prune_cli.errors import ConfigError
 from prune_cli.granularities import pattern as patterns
 from prune_cli.granularities.pattern import Pattern
 from prune_cli.measure import storage
-from prune_cli.measure.storage import Form
+from prune_cli.measure.storage import MaskFormat
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import select
 from prune_cli.selection.targets import Rule
@@ -167,7 +167,7 @@ def test_storage():
     mask = torch.zeros(8, 8, 3, 3, dtype=torch.bool)
     mask.view(64, 9)[:40, :4] = True
     form = Pattern(library=6).forms(nn.Sequential(nn.Conv2d(8, 8, 3)), {})["0.weight"]
-    assert form == Form("pattern", {"entries": 4, "library": 6})
+    assert form == MaskFormat("pattern", {"entries": 4, "library": 6})
     assert Pattern("fixed5").forms(nn.Conv2d(8, 8, 1), {}) == {}
     name, cost = storage.stored(form, mask, mask.shape, bits=16)
     assert name == "pattern"

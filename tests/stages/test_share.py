@@ -53,7 +53,7 @@ def test_few_values_the_same_zeros_and_trained_centroids(shared):
     for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
         assert torch.equal(after[name] == 0, before[name] == 0)
         assert len(after[name].unique()) <= 2**6
-        kmeans = clustering.share(before[name], before[name] != 0, 2**6 - 1).weight
+        kmeans = clustering.cluster(before[name], before[name] != 0, 2**6 - 1).weight
         assert not torch.equal(after[name], kmeans)
         assert float((after[name] - kmeans).abs().max()) < 0.2
     assert not torch.equal(after["fc1.bias"], before["fc1.bias"])
@@ -220,7 +220,7 @@ def test_without_fine_tuning_it_is_k_means(prune):
     before, after = weights(result.folder / "prune"), weights(result.folder / "share")
     for name in ("fc1.weight", "fc3.weight"):
         assert torch.equal(
-            after[name], clustering.share(before[name], before[name] != 0, 2**3 - ("fc3" not in name)).weight
+            after[name], clustering.cluster(before[name], before[name] != 0, 2**3 - ("fc3" not in name)).weight
         )
     assert torch.equal(before["fc1.bias"], after["fc1.bias"])
 

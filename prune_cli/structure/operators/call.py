@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_cli.structure.labels import ANY, Kind, Ledger, Marks, marks_of, slim, varied
+from prune_cli.structure.labels import ANY, Constraints, Kind, Marks, marks_of, slim, varied
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
-    ledger: Ledger
+    constraints: Constraints
     inputs: list[Tensor]
     level: int = 0
     heads: str | None = None
@@ -59,7 +59,7 @@ class Unsupported(Exception):
     """The rule can't follow this call; its labels are frozen."""
 
 
-def axis_of(axis: int, ndim: int) -> int:
+def positive_axis(axis: int, ndim: int) -> int:
     return axis + ndim if axis < 0 else axis
 
 
@@ -86,7 +86,7 @@ def freeze(call: Call, *values: Any) -> None:
     """Freezes every label of the tensors."""
     for tensor in tensors(*values):
         for label in marks_of(tensor).fields:
-            call.ledger.freeze(label)
+            call.constraints.freeze(label)
 
 
 def align(label: Tensor, shape: Sequence[int]) -> Tensor:
@@ -115,7 +115,7 @@ def merge(call: Call, shape: Sequence[int], operands: list[tuple[Marks, Sequence
                 if not set(axes) & set(others):
                     rest.append((other, others))
                     continue
-                call.ledger.tie(other, label)
+                call.constraints.tie(other, label)
                 label, axes = _narrower((other, others), (label, axes))
             merged = [*rest, (label, axes)]
     for marks, size in operands:
@@ -127,7 +127,7 @@ def merge(call: Call, shape: Sequence[int], operands: list[tuple[Marks, Sequence
             extents -= set(varied(align(label, shape)))
         for label, axes in merged:
             if extents & set(axes):
-                call.ledger.freeze(label)
+                call.constraints.freeze(label)
         merged = [item for item in merged if not extents & set(item[1])]
     return tuple(label for label, _ in merged)
 

@@ -13,8 +13,8 @@ from prune_cli.structure.labels import (
     ANY,
     FIXED,
     NOTHING,
+    Constraints,
     Kind,
-    Ledger,
     Marks,
     Work,
     along,
@@ -38,7 +38,7 @@ def convolution(call: Call) -> Result:
     whole."""
     source, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
-    out, ledger = call.out, call.ledger
+    out, constraints = call.out, call.constraints
     unbatched = source.dim() < weight.dim()
     if unbatched:
         raise Unsupported
@@ -48,32 +48,32 @@ def convolution(call: Call) -> Result:
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
     for label in weights.fields:
         if set(varied(label)) - {0, 1}:
-            ledger.freeze(label)
+            constraints.freeze(label)
     w_out, w_in = (
         None if f is None else vector(f, a) for f, a in ((_field_at(weights, a), a) for a in (out_axis, in_axis))
     )
     x = _field_at(marks, 1)
     for label in marks.fields:
         if label is not x:
-            ledger.freeze(label)
+            constraints.freeze(label)
     if x is not None:
-        x = vector(ledger.tie_along(x, tuple(a for a in range(source.dim()) if a != 1)), 1)
+        x = vector(constraints.tie_along(x, tuple(a for a in range(source.dim()) if a != 1)), 1)
     elif marks.kind is Kind.UNIFORM:
         x = torch.full((source.shape[1],), ANY)
     else:
         x = torch.full((source.shape[1],), FIXED)
     single = groups > 1 and weight.shape[in_axis] == (groups if transposed else 1)
     if not (marks.zero or weights.zero or single):  # what is removed would still add something
-        ledger.freeze(x)
+        constraints.freeze(x)
     if transposed and groups > 1:
-        w_out, w_in = _transposed_groups(ledger, x, w_out, w_in, groups, weight)
+        w_out, w_in = _transposed_groups(constraints, x, w_out, w_in, groups, weight)
     elif groups > 1:
-        w_out, w_in = _groups(ledger, x, w_out, w_in, groups, weight)
+        w_out, w_in = _groups(constraints, x, w_out, w_in, groups, weight)
     elif w_in is not None:
-        ledger.tie(x, w_in)
-        ledger.consumers.append(w_in.numpy())
+        constraints.tie(x, w_in)
+        constraints.consumers.append(w_in.numpy())
     elif bool((x > 0).any()):
-        ledger.freeze(x)
+        constraints.freeze(x)
     fields: tuple[Tensor, ...] = ()
     if w_out is not None:
         fields = merge(
@@ -91,7 +91,7 @@ def convolution(call: Call) -> Result:
 def _plain_convolution(call: Call, marks: Marks, weights: Marks) -> Marks | None:
     """The short way for labelled channels and an ordinary or depthwise kernel; None leaves everything undone."""
     source, weight, bias, groups = *call.args[:3], call.args[8]
-    ledger = call.ledger
+    constraints = call.constraints
     if len(marks.fields) != 1 or varied(marks.fields[0]) != (1,):
         return None
     lines = [vector(marks.fields[0], 1).numpy()]
@@ -110,19 +110,19 @@ def _plain_convolution(call: Call, marks: Marks, weights: Marks) -> Marks | None
     if bias is not None and (len(biases) != 1 or varied(biases[0]) != (0,)):
         return None
     for label in weights.fields[channel_axes:]:  # the kernel
-        ledger.freeze(label)
+        constraints.freeze(label)
     w_out = vector(weights.fields[0], 0)
     total = source.shape[0] * math.prod(call.out.shape[2:]) * weight.numel()
     if depthwise:
-        ledger.edges.append((lines[0], w_out.numpy()))
-        ledger.work.append(Work(call.layer, total // outs, (w_out,)))
+        constraints.edges.append((lines[0], w_out.numpy()))
+        constraints.work.append(Work(call.layer, total // outs, (w_out,)))
     else:
         w_in = vector(weights.fields[1], 1)
-        ledger.edges.append((lines[0], w_in.numpy()))
-        ledger.consumers.append(w_in.numpy())
-        ledger.producers.append(w_out.numpy())
-        ledger.work.append(Work(call.layer, total // (outs * weight.shape[1]), (w_out, w_in)))
-    ledger.edges += [(w_out.numpy(), label.numpy()) for label in biases]
+        constraints.edges.append((lines[0], w_in.numpy()))
+        constraints.consumers.append(w_in.numpy())
+        constraints.producers.append(w_out.numpy())
+        constraints.work.append(Work(call.layer, total // (outs * weight.shape[1]), (w_out, w_in)))
+    constraints.edges += [(w_out.numpy(), label.numpy()) for label in biases]
     return Marks((along(w_out, 1, call.out.shape),), Kind.DATA, True)
 
 
@@ -135,47 +135,47 @@ def _bias(bias: Tensor | None, rank: int) -> tuple[Marks, tuple[int, ...]]:
 
 
 def _groups(
-    ledger: Ledger, x: Tensor, w_out: Tensor | None, w_in: Tensor | None, groups: int, weight: Tensor
+    constraints: Constraints, x: Tensor, w_out: Tensor | None, w_in: Tensor | None, groups: int, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """A grouped convolution, weight (out, in / groups, ...)."""
     inputs = x.reshape(groups, -1)
     if w_out is None:
         if len(x) == groups == len(weight) and bool((weight == weight[:1]).all()):  # one constant kernel for all
             return x, w_in
-        ledger.freeze(x)
+        constraints.freeze(x)
         return w_out, w_in
     outputs = w_out.reshape(groups, -1)
     if weight.shape[1] == 1:  # one input channel per group: a group lives and dies with it
-        ledger.tie(inputs.expand(outputs.shape), outputs)
+        constraints.tie(inputs.expand(outputs.shape), outputs)
         return w_out, None
     if w_in is None:
-        ledger.freeze(x)
+        constraints.freeze(x)
     else:
-        ledger.tie(inputs, w_in.unsqueeze(0).expand(inputs.shape))
-        ledger.consumers.append(w_in.numpy())
-    ledger.tie(outputs, outputs[:1].expand(outputs.shape))
-    ledger.producers.append(w_out.numpy())
+        constraints.tie(inputs, w_in.unsqueeze(0).expand(inputs.shape))
+        constraints.consumers.append(w_in.numpy())
+    constraints.tie(outputs, outputs[:1].expand(outputs.shape))
+    constraints.producers.append(w_out.numpy())
     return w_out, w_in
 
 
 def _transposed_groups(
-    ledger: Ledger, x: Tensor, w_out: Tensor | None, w_in: Tensor | None, groups: int, weight: Tensor
+    constraints: Constraints, x: Tensor, w_out: Tensor | None, w_in: Tensor | None, groups: int, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """A grouped transposed convolution, weight (in, out / groups, ...)."""
     inputs = x.reshape(groups, -1)
     if inputs.shape[1] == 1 and w_in is not None:
         per_group = weight.shape[1]
-        ledger.tie(x, w_in)
+        constraints.tie(x, w_in)
         if w_out is not None:  # several outputs per group: which ones is the same in every group, so they stay
-            ledger.freeze(w_out)
+            constraints.freeze(w_out)
         return w_in.repeat_interleave(per_group), None
     if w_in is not None:
-        ledger.tie(x, w_in)
-        ledger.tie(inputs, inputs[:1].expand(inputs.shape))
-        ledger.consumers.append(w_in.numpy())
+        constraints.tie(x, w_in)
+        constraints.tie(inputs, inputs[:1].expand(inputs.shape))
+        constraints.consumers.append(w_in.numpy())
     if w_out is None:
         return None, w_in
-    ledger.producers.append(w_out.numpy())
+    constraints.producers.append(w_out.numpy())
     return w_out.repeat(groups), w_in
 
 
@@ -190,11 +190,11 @@ def _count_convolution(call: Call, weight: Tensor, transposed: bool) -> None:
     if len(carried) == 1 and varied(carried[0]) == (1,):  # a constant kernel per channel
         factors = (vector(carried[0], 1),)
     static = total // math.prod(f.numel() for f in factors)
-    call.ledger.work.append(Work(call.layer, static, factors))
+    call.constraints.work.append(Work(call.layer, static, factors))
     if not (groups > 1 and source.shape[1] == groups):
         out = _field_at(marks_of(weight), 1 if transposed else 0)
         if out is not None:
-            call.ledger.producers.append(vector(out, 1 if transposed else 0).numpy())
+            call.constraints.producers.append(vector(out, 1 if transposed else 0).numpy())
 
 
 def matmul(call: Call) -> Result:
@@ -216,9 +216,9 @@ def matmul(call: Call) -> Result:
         fields_b = tuple(f.narrow(kb, 0, 1) for f in mine[1])
         operands = [(replace(a, fields=fields_a), shape_a), (replace(b, fields=fields_b), shape_b)]
     if a.kind is Kind.WEIGHT and b.kind is not Kind.WEIGHT:
-        call.ledger.producers += [slim(f).reshape(-1).numpy() for f in mine[0]]
+        call.constraints.producers += [slim(f).reshape(-1).numpy() for f in mine[0]]
     elif b.kind is Kind.WEIGHT:
-        call.ledger.producers += [slim(f).reshape(-1).numpy() for f in mine[1]]
+        call.constraints.producers += [slim(f).reshape(-1).numpy() for f in mine[1]]
     both = bool(mine[0]) and bool(mine[1]) and {varied(f) for f in mine[0]} == {varied(f) for f in mine[1]}
     zero = (a.zero or b.zero) if both else (a.zero or not mine[0]) and (b.zero or not mine[1])
     if bias is not None:
@@ -236,7 +236,7 @@ def _contract(
     call: Call, left: tuple[Marks, int], right: tuple[Marks, int], size: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Ties the contracted axis; returns the fields of either side that live on in the output."""
-    ledger = call.ledger
+    constraints = call.constraints
     (a, ka), (b, kb) = left, right
     on_a, on_b = ([f for f in m.fields if k in varied(f)] for m, k in (left, right))
     rest_a, rest_b = ([f for f in m.fields if k not in varied(f)] for m, k in (left, right))
@@ -244,26 +244,26 @@ def _contract(
         return rest_a, rest_b
     if len(on_a) > 1 or len(on_b) > 1 or call.level:
         for label in (*on_a, *on_b):
-            ledger.freeze(label)
+            constraints.freeze(label)
         return rest_a, rest_b
     if on_a and on_b:
-        ledger.tie(on_a[0].unsqueeze(-1), on_b[0].unsqueeze(-3))
+        constraints.tie(on_a[0].unsqueeze(-1), on_b[0].unsqueeze(-3))
     else:
         label, other = (on_a[0], b) if on_a else (on_b[0], a)
         if other.kind is not Kind.UNIFORM:
-            ledger.freeze(label)
+            constraints.freeze(label)
     if not (a.zero or b.zero):
         for label in (*on_a, *on_b):
-            ledger.freeze(label)
+            constraints.freeze(label)
     if b.kind is Kind.WEIGHT:
-        ledger.consumers += [slim(f).reshape(-1).numpy() for f in on_b]
+        constraints.consumers += [slim(f).reshape(-1).numpy() for f in on_b]
     elif a.kind is Kind.WEIGHT:
-        ledger.consumers += [slim(f).reshape(-1).numpy() for f in on_a]
+        constraints.consumers += [slim(f).reshape(-1).numpy() for f in on_a]
     for labels, k, rest in ((on_a, ka, rest_a), (on_b, kb, rest_b)):
         batch = set(range(k)) if labels is on_a else set(range(kb))
         for label in labels:
             if set(varied(label)) & batch - {ka - 1 if labels is on_a else -1}:
-                rest.append(ledger.tie_along(label, (k,)))  # whole heads
+                rest.append(constraints.tie_along(label, (k,)))  # whole heads
     return rest_a, rest_b
 
 
@@ -289,7 +289,7 @@ def distances(call: Call) -> Result:
             if varied(label) == (tensor.dim() - 1,):
                 lines.append(vector(label, tensor.dim() - 1))
             else:
-                call.ledger.freeze(label)
+                call.constraints.freeze(label)
     _meet(call, lines, zero=a.zero and b.zero)
     return NOTHING
 
@@ -298,8 +298,8 @@ def _meet(call: Call, lines: list[Tensor], *, zero: bool) -> None:
     """Ties the two lines that are summed over; they stay where one is missing, or what is removed is not 0."""
     for line in lines:
         if len(lines) != 2 or not zero:
-            call.ledger.freeze(line)
-        call.ledger.tie(lines[0], line)
+            call.constraints.freeze(line)
+        call.constraints.tie(lines[0], line)
 
 
 def _count_matmul(call: Call, a: Marks, b: Marks, left: Tensor, right: Tensor) -> None:
@@ -324,7 +324,7 @@ def _count_matmul(call: Call, a: Marks, b: Marks, left: Tensor, right: Tensor) -
                 factors.append(values)
                 covered |= span
     static = total // math.prod(dims[name] for name in covered)
-    call.ledger.work.append(Work(call.layer, static, tuple(factors)))
+    call.constraints.work.append(Work(call.layer, static, tuple(factors)))
 
 
 def embedding(call: Call) -> Result:
@@ -334,9 +334,9 @@ def embedding(call: Call) -> Result:
     fields = []
     for label in marks.fields:
         if 0 in varied(label):
-            call.ledger.freeze(label)
+            call.constraints.freeze(label)
         elif 1 in varied(label):
-            call.ledger.producers.append(vector(label, 1).numpy())
+            call.constraints.producers.append(vector(label, 1).numpy())
             fields.append(along(vector(label, 1), out.dim() - 1, out.shape))
     result = Marks(tuple(fields), Kind.DATA, marks.zero)
     return (result, *[ASIDE] * (len(call.out) - 1)) if isinstance(call.out, tuple) else result

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from prune_cli.structure.labels import Kind, Marks, marks_of, slim, varied, vector
-from prune_cli.structure.operators.call import ASIDE, Call, Result, Unsupported, axis_of, extent, freeze, merge, tensors
+from prune_cli.structure.operators.call import (
+    ASIDE,
+    Call,
+    Result,
+    Unsupported,
+    extent,
+    freeze,
+    merge,
+    positive_axis,
+    tensors,
+)
 
 
 @lru_cache(maxsize=4096)
@@ -91,13 +101,13 @@ def reduction(call: Call) -> Result:
         if mixed:
             rest = set(varied(label)) - set(mixed)
             if norm:
-                call.ledger.norms.append(slim(label).reshape(-1).numpy())
+                call.constraints.norms.append(slim(label).reshape(-1).numpy())
             if rest:
-                label = call.ledger.tie_along(label, mixed)
+                label = call.constraints.tie_along(label, mixed)
             elif norm or (linear and marks.zero and call.level == 0):
                 continue
             else:
-                call.ledger.freeze(label)
+                call.constraints.freeze(label)
                 continue
         for axis in dims:
             label = label.narrow(axis, 0, 1)
@@ -128,7 +138,7 @@ def _reduced(call: Call, source: Tensor) -> set[int]:
     dims = call.arg(position, "dim")
     if dims is None or isinstance(dims, (bool, float)) or (isinstance(dims, (list, tuple)) and not dims):
         return set(range(source.dim()))
-    return {axis_of(d, source.dim()) for d in ([dims] if isinstance(dims, int) else dims)}
+    return {positive_axis(d, source.dim()) for d in ([dims] if isinstance(dims, int) else dims)}
 
 
 def mixing(call: Call) -> Result:
@@ -137,7 +147,7 @@ def mixing(call: Call) -> Result:
     source = call.args[0]
     marks = marks_of(source)
     position = 2 if call.name in ("topk", "kthvalue") else 1
-    axis = axis_of(call.arg(position, "dim", -1), max(source.dim(), 1))
+    axis = positive_axis(call.arg(position, "dim", -1), max(source.dim(), 1))
     normed = call.name in ("_softmax", "_safe_softmax") and call.level == 0
     zero = False
     fields = []
@@ -145,13 +155,13 @@ def mixing(call: Call) -> Result:
         if axis in varied(label):
             if varied(label) == (axis,):
                 if normed:
-                    call.ledger.norms.append(vector(label, axis).numpy())
+                    call.constraints.norms.append(vector(label, axis).numpy())
                     fields.append(label)
                     zero = len(marks.fields) == 1
                     continue
-                call.ledger.freeze(label)
+                call.constraints.freeze(label)
                 continue
-            label = call.ledger.tie_along(label, (axis,))
+            label = call.constraints.tie_along(label, (axis,))
         fields.append(label)
     marks = replace(marks, fields=tuple(fields), zero=zero, kind=marks.kind if fields else Kind.DATA)
     outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
@@ -173,7 +183,7 @@ def per_channel(call: Call) -> Result:
     trailing = tuple(range(source.dim() - spatial, source.dim()))
     fields = []
     for label in marks.fields:
-        label = call.ledger.tie_along(label, trailing)
+        label = call.constraints.tie_along(label, trailing)
         for axis in trailing:
             label = label.narrow(axis, 0, 1)
         fields.append(label.expand(out.shape))
@@ -189,7 +199,7 @@ def grid_sample(call: Call) -> Result:
     others = (0, *range(2, source.dim()))
     fields = []
     for label in marks_of(source).fields:
-        label = call.ledger.tie_along(label, others)
+        label = call.constraints.tie_along(label, others)
         for axis in others:
             label = label.narrow(axis, 0, 1)
         fields.append(label.expand(out.shape))
@@ -201,10 +211,10 @@ def grid_sample(call: Call) -> Result:
 def fourier(call: Call) -> Result:
     """Transforms mix the axes that they run along; the others keep to themselves."""
     source, dims = call.args[:2]
-    axes = tuple(axis_of(d, source.dim()) for d in dims)
+    axes = tuple(positive_axis(d, source.dim()) for d in dims)
     fields = []
     for label in marks_of(source).fields:
-        label = call.ledger.tie_along(label, axes)
+        label = call.constraints.tie_along(label, axes)
         for axis in axes:
             label = label.narrow(axis, 0, 1)
         fields.append(label.expand(call.out.shape))
@@ -214,13 +224,13 @@ def fourier(call: Call) -> Result:
 def glu(call: Call) -> Result:
     """The halves of an axis gate one another: equal positions live together."""
     source = call.args[0]
-    axis = axis_of(call.arg(1, "dim", -1), source.dim())
+    axis = positive_axis(call.arg(1, "dim", -1), source.dim())
     marks = marks_of(source)
     half = source.shape[axis] // 2
     fields = []
     for label in marks.fields:
         if axis in varied(label):
-            call.ledger.tie(label.narrow(axis, 0, half), label.narrow(axis, half, half))
+            call.constraints.tie(label.narrow(axis, 0, half), label.narrow(axis, half, half))
         fields.append(label.narrow(axis, 0, half))
     return replace(marks, fields=tuple(fields))
 
@@ -253,7 +263,7 @@ def _along_channels(call: Call, marks: Marks, values: tuple[Any, ...]) -> bool:
             lines.append(fields[0].numpy())
     if any(len(line) != len(lines[0]) for line in lines) or (lines[0] < 0).any():
         return False
-    call.ledger.edges += [(lines[0], line) for line in lines[1:]]
+    call.constraints.edges += [(lines[0], line) for line in lines[1:]]
     return True
 
 
@@ -267,7 +277,7 @@ def batch_norm(call: Call) -> Result:
     if _along_channels(call, marks, (weight, bias, mean, var)):
         zero = marks_of(weight).zero if weight is not None else bool(training) and marks.zero
         return (replace(marks, kind=Kind.DATA, zero=zero), ASIDE, ASIDE)
-    tied = tuple(call.ledger.tie_along(f, tuple(a for a in range(source.dim()) if a != 1)) for f in marks.fields)
+    tied = tuple(call.constraints.tie_along(f, tuple(a for a in range(source.dim()) if a != 1)) for f in marks.fields)
     marks = replace(marks, fields=tied)
     result = _affine(call, (marks, source.shape), (1,), [weight, bias, mean, var])
     result = replace(result, zero=weight is not None and marks_of(weight).zero)
@@ -282,7 +292,7 @@ def _standardised(call: Call, marks: Marks, weight: Any, bias: Any) -> Marks:
         if 2 in varied(label):
             if varied(label) != (2,):
                 raise Unsupported
-            call.ledger.norms.append(vector(label, 2).numpy())
+            call.constraints.norms.append(vector(label, 2).numpy())
     result = _affine(call, (marks, call.args[0].shape), (1,), [weight, bias])
     zero = marks.zero if weight is None else marks_of(weight).zero
     return replace(result, kind=Kind.WEIGHT, zero=zero and (bias is None or marks_of(bias).zero))
@@ -295,7 +305,7 @@ def layer_norm(call: Call) -> Result:
     axes = tuple(range(source.dim() - len(shape), source.dim()))
     for label in marks.fields:
         if set(varied(label)) & set(axes):
-            call.ledger.norms.append(slim(label).reshape(-1).numpy())
+            call.constraints.norms.append(slim(label).reshape(-1).numpy())
     if call.level:
         raise Unsupported
     result = _affine(call, (marks, source.shape), axes, [weight, bias])
@@ -311,12 +321,12 @@ def group_norm(call: Call) -> Result:
     marks = marks_of(source)
     fields = []
     for label in marks.fields:
-        label = call.ledger.tie_along(label, tuple(a for a in range(source.dim()) if a != 1))
+        label = call.constraints.tie_along(label, tuple(a for a in range(source.dim()) if a != 1))
         if 1 in varied(label):
             line = vector(label, 1)
             if groups < source.shape[1]:
-                call.ledger.norms.append(line.numpy())
-                call.ledger.product(line.reshape(groups, -1))
+                call.constraints.norms.append(line.numpy())
+                call.constraints.product(line.reshape(groups, -1))
         fields.append(label)
     if call.level:
         raise Unsupported

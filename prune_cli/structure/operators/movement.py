@@ -12,8 +12,8 @@ from torch import Tensor
 from prune_cli.structure.labels import (
     ANY,
     FIXED,
+    Constraints,
     Kind,
-    Ledger,
     Marks,
     along,
     beside_labels,
@@ -23,7 +23,7 @@ from prune_cli.structure.labels import (
     varied,
     vector,
 )
-from prune_cli.structure.operators.call import Call, Result, Unsupported, axis_of, freeze, merge
+from prune_cli.structure.operators.call import Call, Result, Unsupported, freeze, merge, positive_axis
 
 
 def moved(call: Call) -> Result:
@@ -47,7 +47,7 @@ def repeat(call: Call) -> Result:
     marks = marks_of(source)
     fields = [compact(call.func(label, *call.args[1:], **call.kwargs)) for label in marks.fields]
     if marks.kind is Kind.WEIGHT and source.dim() == len(shape) > 2 and source.shape[0] == 1 < shape[0]:
-        fields.append(along(call.ledger.fresh(shape[0]), 0, shape))
+        fields.append(along(call.constraints.fresh(shape[0]), 0, shape))
         marks = replace(marks, zero=False)
     return replace(marks, fields=tuple(fields))
 
@@ -57,7 +57,7 @@ def roll(call: Call) -> Result:
     nothing."""
     source = call.args[0]
     marks = marks_of(source)
-    dims = [axis_of(d, source.dim()) for d in call.arg(2, "dims", ()) or range(source.dim())]
+    dims = [positive_axis(d, source.dim()) for d in call.arg(2, "dims", ()) or range(source.dim())]
     if any(set(varied(label)) & set(dims) for label in marks.fields):
         raise Unsupported
     return marks
@@ -119,7 +119,7 @@ def reshape(call: Call) -> Result:
         view = view.expand(out.shape)
         if marks.kind is Kind.DATA and any(set(varied(view)) & set(varied(other)) for other in fields):
             # One axis, two choices (heads, and widths that all heads share): the first shrinks.
-            call.ledger.freeze(view)
+            call.constraints.freeze(view)
         else:
             fields.append(view)
     return replace(marks, fields=tuple(fields))
@@ -134,22 +134,22 @@ def _cut(call: Call, label: Tensor, wide: tuple[int, ...], before: int) -> Tenso
     if call.heads is not None and call.level:
         mode = "freeze"
     if mode == "freeze":
-        call.ledger.freeze(label)
+        call.constraints.freeze(label)
     elif mode == "heads":
-        return call.ledger.tie_along(label, axes[-1:])
+        return call.constraints.tie_along(label, axes[-1:])
     elif mode in ("dims", "last"):
-        return call.ledger.tie_along(label, axes[:-1])
+        return call.constraints.tie_along(label, axes[:-1])
     elif mode == "first":
-        return call.ledger.tie_along(label, axes[1:])
+        return call.constraints.tie_along(label, axes[1:])
     else:
-        call.ledger.product(label)
+        call.constraints.product(label)
     return label
 
 
 def slices(call: Call) -> Result:
     """``x[a:b:c]``: equal parts of an axis shrink together; a literal bound fixes what lies before it."""
     source, out = call.args[0], call.out
-    axis = axis_of(call.arg(1, "dim", 0), source.dim())
+    axis = positive_axis(call.arg(1, "dim", 0), source.dim())
     n, kept = source.shape[axis], out.shape[axis]
     start = call.arg(2, "start") or 0
     start = min(max(start + n if start < 0 else start, 0), n)
@@ -169,9 +169,9 @@ def slices(call: Call) -> Result:
 
 def _cut_part(call: Call, label: Tensor, axis: int, start: int, kept: int, step: int) -> None:
     n = label.shape[axis]
-    ledger = call.ledger
+    constraints = call.constraints
     if varied(label) != (axis,) or call.level > 1 or kept == 0:
-        ledger.freeze(label)
+        constraints.freeze(label)
         return
     line = vector(label, axis)
     if call.level == 0 and step == 1:
@@ -180,50 +180,50 @@ def _cut_part(call: Call, label: Tensor, axis: int, start: int, kept: int, step:
         if start + kept < n:
             call.bounds.append(line[start + kept :] if last < 0 else line[: start + kept])
     if call.level == 0 and step > 1 and n % step == 0 and start < step:
-        ledger.tie_along(line.reshape(-1, step), (1,))
+        constraints.tie_along(line.reshape(-1, step), (1,))
     elif call.level == 0 and step == 1:
         if n % kept == 0 and start % kept == 0:
-            ledger.product(line.reshape(-1, kept))
+            constraints.product(line.reshape(-1, kept))
     elif step > 1:
-        ledger.freeze(label)
+        constraints.freeze(label)
     else:
-        ledger.freeze(line[: start + kept] if start + kept < n else line[:start])
+        constraints.freeze(line[: start + kept] if start + kept < n else line[:start])
 
 
 def split(call: Call) -> Result:
     """``split`` and ``chunk``: equal parts shrink together; unequal parts follow attributes, or are
     frozen."""
     source, outs = call.args[0], call.out
-    axis = axis_of(call.arg(2, "dim", 0), source.dim())
+    axis = positive_axis(call.arg(2, "dim", 0), source.dim())
     marks = marks_of(source)
     sizes = [part.shape[axis] for part in outs]
     for label in marks.fields:
         if axis not in varied(label) or len(outs) == 1:
             continue
         if varied(label) != (axis,) or call.level:
-            call.ledger.freeze(label)
+            call.constraints.freeze(label)
         elif len(set(sizes)) == 1:
-            call.ledger.product(vector(label, axis).reshape(len(sizes), -1))
+            call.constraints.product(vector(label, axis).reshape(len(sizes), -1))
         elif call.name != "split_with_sizes":
-            call.ledger.freeze(label)
+            call.constraints.freeze(label)
     parts = [label.split(sizes, axis) for label in marks.fields]
     return [replace(marks, fields=tuple(part[i] for part in parts)) for i in range(len(outs))]
 
 
-def select(call: Call) -> Result:
+def select_op(call: Call) -> Result:
     """``x[i]`` and ``unbind``: along an axis with labels all positions are one."""
     source = call.args[0]
-    axis = axis_of(call.arg(1, "dim", 0), source.dim())
+    axis = positive_axis(call.arg(1, "dim", 0), source.dim())
     marks = marks_of(source)
     fields = []
     for label in marks.fields:
         if varied(label) == (axis,):
             if call.level == 0 and call.name == "select" and call.arg(2, "index") >= 0:
-                call.ledger.freeze(vector(label, axis)[: call.arg(2, "index") + 1])
+                call.constraints.freeze(vector(label, axis)[: call.arg(2, "index") + 1])
                 continue
-            call.ledger.freeze(label)
+            call.constraints.freeze(label)
             continue
-        call.ledger.tie_along(label, (axis,))
+        call.constraints.tie_along(label, (axis,))
         fields.append(label)
     if call.name == "select":
         return replace(marks, fields=tuple(label.select(axis, call.arg(2, "index")) for label in fields))
@@ -235,7 +235,7 @@ def cat(call: Call) -> Result:
     parts = [part for part in call.args[0] if part.numel() or part.dim() > 1]
     out = call.out
     rank = out.dim()
-    axis = axis_of(call.arg(1, "dim", 0), rank)
+    axis = positive_axis(call.arg(1, "dim", 0), rank)
     if call.name == "stack":
         single = list(out.shape)
         single[axis] = 1
@@ -258,14 +258,14 @@ def cat(call: Call) -> Result:
     line_shape = tuple(1 if d == axis else n for d, n in enumerate(out.shape))
     fields = [label.expand(out.shape) for label in merge(call, line_shape, across)]
     if any(label is not None for label in line):
-        fields.append(_cat_line(call.ledger, line, part_marks, shapes, axis).expand(out.shape))
+        fields.append(_cat_line(call.constraints, line, part_marks, shapes, axis).expand(out.shape))
     kinds = {marks.kind for marks in part_marks}
     kind = kinds.pop() if len(kinds) == 1 else Kind.DATA
     return Marks(tuple(fields), kind, all(m.zero or m.kind is Kind.UNIFORM or not m.fields for m in part_marks))
 
 
 def _cat_line(
-    ledger: Ledger, line: list[Tensor | None], marks: list[Marks], shapes: list[tuple[int, ...]], axis: int
+    constraints: Constraints, line: list[Tensor | None], marks: list[Marks], shapes: list[tuple[int, ...]], axis: int
 ) -> Tensor:
     spread = {d for label in line if label is not None for d in varied(label)} | {axis}
     pieces = []
@@ -274,7 +274,7 @@ def _cat_line(
         if label is None:
             piece = torch.full(size, FIXED, dtype=torch.int64)
             if mark.kind is Kind.UNIFORM:
-                piece = ledger.fresh(piece.numel()).reshape(size)
+                piece = constraints.fresh(piece.numel()).reshape(size)
             pieces.append(piece)
         else:
             pieces.append(slim(label).expand(size))
@@ -316,7 +316,7 @@ def pad(call: Call) -> Result:
             label = padded(slim(label), cut, ANY if free else FIXED)
             if free and len(axes) == 1:  # new positions are variables of their own: what meets them decides
                 new = label == ANY
-                label[new] = call.ledger.fresh(int(new.sum()))
+                label[new] = call.constraints.fresh(int(new.sum()))
         fields.append(slim(label).expand(out.shape))
     return replace(marks, fields=tuple(fields), zero=marks.zero and value == 0)
 
@@ -326,7 +326,7 @@ def index(call: Call) -> Result:
     source, out = call.args[0], call.out
     marks = marks_of(source)
     if call.name in ("index_select", "gather"):
-        axes, func_args = {axis_of(call.args[1], source.dim())}, call.args[1:]
+        axes, func_args = {positive_axis(call.args[1], source.dim())}, call.args[1:]
     else:
         axes, func_args = set(), call.args[1:]
         axis = 0
@@ -338,7 +338,7 @@ def index(call: Call) -> Result:
     fields = []
     for label in marks.fields:
         if axes & set(varied(label)):
-            call.ledger.freeze(label)
+            call.constraints.freeze(label)
         if set(varied(label)) <= axes:
             continue
         if call.name == "gather":
@@ -364,7 +364,7 @@ def pixel_shuffle(call: Call) -> Result:
         if varied(label) != (axis,):
             raise Unsupported
         group = vector(label, axis).reshape(out.shape[axis], -1)
-        call.ledger.tie_along(group, (1,))
+        call.constraints.tie_along(group, (1,))
         fields.append(along(group[:, 0], axis, out.shape))
     return replace(marks, fields=tuple(fields))
 
@@ -392,7 +392,7 @@ def fold(call: Call) -> Result:
         if varied(label) != (axis,):
             raise Unsupported
         group = vector(label, axis).reshape(out.shape[axis], -1)
-        call.ledger.tie_along(group, (1,))
+        call.constraints.tie_along(group, (1,))
         fields.append(along(group[:, 0], axis, out.shape))
     return replace(marks_of(source), fields=tuple(fields))
 
@@ -400,12 +400,12 @@ def fold(call: Call) -> Result:
 def windows(call: Call) -> Result:
     """``Tensor.unfold`` and pairs of real numbers as complex ones: along axes without labels only."""
     source = call.args[0]
-    axis = axis_of(call.args[1] if call.name == "unfold" else -1, source.dim())
+    axis = positive_axis(call.args[1] if call.name == "unfold" else -1, source.dim())
     marks = marks_of(source)
     if call.name != "view_as_real":
         for label in marks.fields:
             if axis in varied(label):
-                call.ledger.freeze(label)
+                call.constraints.freeze(label)
         marks = replace(marks, fields=tuple(label for label in marks.fields if axis not in varied(label)))
     if call.name == "unfold":
         return replace(marks, fields=tuple(call.func(label, *call.args[1:]) for label in marks.fields))
@@ -424,6 +424,6 @@ def channel_shuffle(call: Call) -> Result:
         if varied(label) != (1,) or call.level:
             raise Unsupported
         parts = vector(label, 1).reshape(call.args[1], -1)
-        call.ledger.product(parts)
+        call.constraints.product(parts)
         fields.append(along(parts.t().reshape(-1), 1, out.shape))
     return replace(marks, fields=tuple(fields))

@@ -1,4 +1,4 @@
-"""Which rule belongs to which ATen operator; factories and writes into memory.
+"""LayerSelector rule belongs to which ATen operator; factories and writes into memory.
 
 An operator without a rule freezes every label that touches it: the fallback is less pruning, never a wrong
 network.
@@ -46,7 +46,7 @@ from prune_cli.structure.operators.movement import (
     repeat,
     reshape,
     roll,
-    select,
+    select_op,
     slices,
     split,
     windows,
@@ -106,7 +106,7 @@ def _write_base(call: Call, base: Tensor, view: Tensor, fields: tuple[Tensor, ..
     known = marks_of(base)
     if len(fields) > 1 or len(known.fields) > 1 or not base.is_contiguous():
         for label in (*fields, *known.fields):
-            call.ledger.freeze(label)
+            call.constraints.freeze(label)
         return
     empty = ANY if known.kind is Kind.UNIFORM else FIXED
     label = known.fields[0].contiguous() if known.fields else torch.full(base.shape, empty, dtype=torch.int64)
@@ -153,7 +153,7 @@ RULES: dict[str, Callable[[Call], Result]] = {
     "cat": cat,
     "stack": cat,
     **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"], split),
-    **dict.fromkeys(["select", "unbind"], select),
+    **dict.fromkeys(["select", "unbind"], select_op),
     "constant_pad_nd": pad,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
@@ -292,9 +292,9 @@ def frozen(call: Call) -> Result:
         source, weight = call.args[:2]
         spatial = source.shape[2:] if call.args[6] else call.out.shape[2:]
         total = source.shape[0] * math.prod(spatial) * weight.numel()
-        call.ledger.work.append(Work(call.layer, total, ()))
+        call.constraints.work.append(Work(call.layer, total, ()))
     elif call.name in ("mm", "addmm", "bmm", "baddbmm"):
-        call.ledger.work.append(Work(call.layer, call.out.numel() * call.args[-1].shape[-2], ()))
+        call.constraints.work.append(Work(call.layer, call.out.numel() * call.args[-1].shape[-2], ()))
     outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
     marks = without_fields(NOTHING)
     return tuple(marks for _ in outs) if isinstance(call.out, (tuple, list)) else marks
