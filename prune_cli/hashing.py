@@ -12,7 +12,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """Returns the sha256 of the bytes of a file, in hexadecimal.
 
     Raises:
-        CheckpointError: If the file can't be read.
+        CheckpointError: if the file can't be read.
     """
     try:
         with open(path, "rb") as stream:

@@ -142,7 +142,7 @@ def names(pattern: str) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def uninitialised() -> Iterator[None]:
-    """Skips the initialisers: ``randomise`` fills the weights."""
+    """Skips the initialisers: `randomise` fills the weights."""
     saved = {name: getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and name[0] != "_"}
     try:
         for name in saved:

@@ -108,7 +108,7 @@ def decode(coded: Coded) -> Tensor:
     """The inverse of `encode`.
 
     Raises:
-        CheckpointError: The codes do not fit the shape.
+        CheckpointError: the codes do not fit the shape.
     """
     length = int(np.prod(coded.shape, dtype=np.int64))
     gaps = unpack(coded.gaps, coded.entries) if coded.gap_bits else np.zeros(coded.entries, np.int64)

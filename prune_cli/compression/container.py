@@ -178,7 +178,7 @@ def open_compressed(path: str | os.PathLike[str], most: int = MOST) -> Content:
         most: bytes that the tensors may take together.
 
     Raises:
-        CheckpointError: The file can't be read, is damaged, or claims what its bytes can't hold.
+        CheckpointError: the file can't be read, is damaged, or claims what its bytes can't hold.
     """
     try:
         content = Path(path).read_bytes()

@@ -39,7 +39,7 @@ def from_gaps(codes: Array, length: int, bits: int) -> Array:
     """Positions of the entries and fillers.
 
     Raises:
-        CheckpointError: The codes do not cover a vector of this length.
+        CheckpointError: the codes do not cover a vector of this length.
     """
     places = np.cumsum(codes + 1) - 1
     last = int(places[-1]) if len(places) else -1

@@ -49,7 +49,7 @@ def _canonical(lengths: Array) -> tuple[Array, Array, Array]:
     """Symbols by (length, number), their codes and lengths.
 
     Raises:
-        CheckpointError: The lengths belong to no prefix code.
+        CheckpointError: the lengths belong to no prefix code.
     """
     used = np.flatnonzero(lengths)
     symbols = used[np.argsort(lengths[used], kind="stable")]
@@ -120,7 +120,7 @@ def unpack(stream: Stream, count: int) -> Array:
         count: how many there are.
 
     Raises:
-        CheckpointError: The stream is damaged. Nothing outside of it is read.
+        CheckpointError: the stream is damaged. Nothing outside of it is read.
     """
     if not count:
         return np.zeros(0, np.int64)

@@ -19,19 +19,19 @@ _SHOWN = 4
 
 
 def fit_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads ``state`` into ``model`` in place, keeping its device, dtype and memory format.
+    """Loads `state` into `model` in place, keeping its device, dtype and memory format.
 
     Accepted beside an exact match: missing counters of batches, a tied tensor under one of its names only,
-    and one module under another name (``fc`` for ``linear``) if only one renaming fits names and sizes;
+    and one module under another name (`fc` for `linear`) if only one renaming fits names and sizes;
     that is logged.
 
     Args:
-        model: The network.
-        state: Tensors by name.
-        source: Where they come from, for the message.
+        model: the network.
+        state: tensors by name.
+        source: where they come from, for the message.
 
     Raises:
-        CheckpointError: One line that lists missing and unexpected names and wrong sizes. The model is
+        CheckpointError: one line that lists missing and unexpected names and wrong sizes. The model is
             unchanged.
     """
     own = model.state_dict()
@@ -124,7 +124,7 @@ def _renamed(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[st
 
 
 def _prefix_pairs(wanted: str, names: list[str]) -> set[tuple[str, str]]:
-    """Returns (prefix in the file, prefix in the network) that turn one of ``names`` into ``wanted``."""
+    """Returns (prefix in the file, prefix in the network) that turn one of `names` into `wanted`."""
     parts = wanted.split(".")
     pairs = set()
     for cut in range(len(parts)):

@@ -1,6 +1,6 @@
 """Files of weights: reading foreign ones safely, fitting them to a network, writing ours deterministically.
 
-Reads safetensors and torch files (``weights_only=True``: tensors, never code). Writes safetensors with
+Reads safetensors and torch files (`weights_only=True`: tensors, never code). Writes safetensors with
 tensors only; what else belongs to a checkpoint is written beside it.
 """
 
@@ -32,13 +32,13 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors, torch or compressed file by name, dense and contiguous on the CPU.
 
-    A mapping under ``state_dict``, ``model_state_dict``, ``model`` or ``net`` is taken, else the only one that holds
-    tensors, and the prefixes of ``DistributedDataParallel`` and ``torch.compile`` are cut off. LayerSelector of the formats a
+    A mapping under `state_dict`, `model_state_dict`, `model` or `net` is taken, else the only one that holds
+    tensors, and the prefixes of `DistributedDataParallel` and `torch.compile` are cut off. LayerSelector of the formats a
     file has is seen from its content. Tied tensors of a torch file stay tied. Zipped torch files carry checksums, which
     are compared; safetensors files carry none: whoever wrote one keeps its :func:`file_sha256`.
 
     Raises:
-        CheckpointError: If there is no such file, it is damaged, or it holds other things than tensors and
+        CheckpointError: if there is no such file, it is damaged, or it holds other things than tensors and
             plain values (which could run code, so they are not opened).
     """
     file = Path(path)
@@ -148,10 +148,10 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Loads the file into ``model`` in place; every tensor of the network has to be there with its size.
+    """Loads the file into `model` in place; every tensor of the network has to be there with its size.
 
     Raises:
-        CheckpointError: As in :func:`read_state_dict` and :func:`fit_weights`. The model is unchanged then.
+        CheckpointError: as in :func:`read_state_dict` and :func:`fit_weights`. The model is unchanged then.
     """
     fit_weights(model, read_state_dict(path), str(path))
 
@@ -163,7 +163,7 @@ def write_weights(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLi
     is no metadata. The file appears under its name only when it is complete and synced.
 
     Raises:
-        StorageError: If the folder can't be written or the disk is full.
+        StorageError: if the folder can't be written or the disk is full.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     tensors = {}

@@ -16,7 +16,7 @@ from prune_cli.structure.modes import evaluating
 
 @dataclass(frozen=True)
 class Metrics:
-    """Counts of right answers (best guess, among the five best) of ``total``; acc in percent, mean loss."""
+    """Counts of right answers (best guess, among the five best) of `total`; acc in percent, mean loss."""
 
     correct: int
     correct5: int
@@ -42,16 +42,16 @@ def accuracy(
     batches: Iterable[tuple[Tensor, Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Metrics:
-    """Counts right answers over all examples of ``batches``, in eval mode and without gradients.
+    """Counts right answers over all examples of `batches`, in eval mode and without gradients.
 
     Args:
-        model: Network from images to logits (N, classes), or to something with an attribute ``logits``.
+        model: network from images to logits (N, classes), or to something with an attribute `logits`.
         batches: (images, classes) of any sizes; every example counts once.
-        loss: Function of logits and classes returning the mean over the batch; None for cross-entropy.
+        loss: function of logits and classes returning the mean over the batch; None for cross-entropy.
             Summed in float64, weighted by the size of the batch.
 
     Raises:
-        DataError: If there is no example, or a class that the network does not have.
+        DataError: if there is no example, or a class that the network does not have.
     """
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     correct = correct5 = total = 0

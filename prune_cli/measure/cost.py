@@ -25,7 +25,7 @@ from prune_cli.structure.modes import composed_attention, evaluating
 class LayerCost:
     """Cost of one module for the given input: what it owns itself, not what its children own.
 
-    ``weight_shape`` is that of its parameter ``weight`` (None without one), ``output_shape`` that of its
+    `weight_shape` is that of its parameter `weight` (None without one), `output_shape` that of its
     last output (empty where that is not one tensor).
     """
 
@@ -46,9 +46,9 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a network for the given input; ``bytes`` is the memory of its parameters and buffers.
+    """Cost of a network for the given input; `bytes` is the memory of its parameters and buffers.
 
-    ``layers`` are the modules that own parameters or multiply, in the order of ``named_modules``; their
+    `layers` are the modules that own parameters or multiply, in the order of `named_modules`; their
     params and MACs add up to those of the network (a tied parameter belongs to its first module).
     """
 
@@ -82,8 +82,8 @@ def params_nonzero(model: nn.Module, masks: Mapping[str, Tensor] | None = None) 
     """Returns the number of parameters that are neither masked nor zero; tied ones count once.
 
     Args:
-        model: The network.
-        masks: Boolean tensors by parameter name, True = keep, broadcastable to the parameter.
+        model: the network.
+        masks: boolean tensors by parameter name, True = keep, broadcastable to the parameter.
     """
     return sum(_nonzero(parameter, name, masks) for name, parameter in model.named_parameters())
 
@@ -94,7 +94,7 @@ def size_bytes(model: nn.Module) -> int:
 
 
 def _masked(parameter: Tensor, name: str, masks: Mapping[str, Tensor] | None) -> Tensor:
-    """Returns where the parameter is neither zero nor masked; without values (``meta``) none is zero."""
+    """Returns where the parameter is neither zero nor masked; without values (`meta`) none is zero."""
     if parameter.is_meta:
         alive = torch.ones_like(parameter, dtype=torch.bool, device="cpu")
     else:
@@ -119,11 +119,11 @@ def cost(
     """Counts parameters, MACs and bytes by one forward pass in eval mode, by shapes alone where they suffice.
 
     Args:
-        model: The network, on ``meta`` too; unchanged afterwards.
-        inputs: Shape (C, H, W) of one example, or the tensor or tensors to call the model with. MACs are
+        model: the network, on `meta` too; unchanged afterwards.
+        inputs: shape (C, H, W) of one example, or the tensor or tensors to call the model with. MACs are
             those of all examples in them.
-        masks: Boolean tensors by parameter name, True = keep, broadcastable to the parameter. A product
-            with a parameter counts in ``macs_nonzero`` by the fraction of that parameter which is neither
+        masks: boolean tensors by parameter name, True = keep, broadcastable to the parameter. A product
+            with a parameter counts in `macs_nonzero` by the fraction of that parameter which is neither
             masked nor zero.
     """
     example = _examples(inputs)
@@ -214,7 +214,7 @@ def _count(
 
 @contextmanager
 def _tracked(model: nn.Module, stack: list[str], outputs: dict[str, tuple[int, ...]]) -> Iterator[None]:
-    """Keeps the name of the running module on top of ``stack`` and notes the shape of every output."""
+    """Keeps the name of the running module on top of `stack` and notes the shape of every output."""
     handles = []
     for name, module in model.named_modules():
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of a forward pass; ``throughput`` is examples per second at the median."""
+    """Time of a forward pass; `throughput` is examples per second at the median."""
 
     median_ms: float
     p95_ms: float
@@ -41,13 +41,13 @@ def latency(
     """Times forward passes in eval mode, each by itself, on a copy of the model.
 
     Args:
-        model: The network; unchanged.
-        batch: Input (N, ...).
-        device: Where to run.
-        dtype: Floating point type of weights and input.
+        model: the network; unchanged.
+        batch: input (N, ...).
+        device: where to run.
+        dtype: floating point type of weights and input.
         threads: CPU threads of PyTorch while it runs.
-        warmup: Passes that are not timed.
-        repeats: Passes that are timed, at least 1.
+        warmup: passes that are not timed.
+        repeats: passes that are timed, at least 1.
 
     Returns:
         Median and 95th percentile in milliseconds, and examples per second at the median.

@@ -1,7 +1,7 @@
 """How many multiply-adds one operator call costs, and whose they are.
 
 Formulas are in :func:`macs_of_call`, one per kind of operator; :class:`MacCounter` watches a forward pass and
-adds them up. What is measured and reported is in ``measure.py``.
+adds them up. What is measured and reported is in `measure.py`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Step:
 
     Attributes:
         name: unique in the pipeline: the stage's name, with its occurrence where it repeats.
-        run: State -> State.
+        run: state -> State.
         content: hash of the stage's parameters, the files they name and the user code in them.
         choices: names of the options that the stage uses, for the table.
     """

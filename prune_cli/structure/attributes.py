@@ -1,4 +1,4 @@
-"""Widths that live in Python: module attributes (``in_channels``, ``normalized_shape``, ``num_heads``) that must follow.
+"""Widths that live in Python: module attributes (`in_channels`, `normalized_shape`, `num_heads`) that must follow.
 
 Known layers take theirs from their new weights. In other modules an integer that equals an old size near by (the
 module's own parameters, else those of the layers inside it, else the heads that its views cut) gets the new size. A
@@ -40,12 +40,12 @@ def edits(
     """New values of attributes.
 
     Args:
-        dense: The dense network.
-        small: The same network with the new parameters and the old attributes.
-        traces: Executions of the dense network.
-        units: Unit id per variable.
-        keep: Bool per unit id.
-        guesses: Module name -> how attributes of unknown meaning are set (trace.Fallbacks).
+        dense: the dense network.
+        small: the same network with the new parameters and the old attributes.
+        traces: executions of the dense network.
+        units: unit id per variable.
+        keep: bool per unit id.
+        guesses: module name -> how attributes of unknown meaning are set (trace.Fallbacks).
 
     Returns:
         Module name -> attribute -> new value; ints and lists of ints.
@@ -152,7 +152,7 @@ def _sizes(dense: nn.Module, small: nn.Module) -> list[tuple[int, int]]:
 
 
 class Inside:
-    """Sizes by module in the order of ``walk``: what is inside a module follows it."""
+    """Sizes by module in the order of `walk`: what is inside a module follows it."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes, self.names = sizes, list(sizes)

@@ -159,7 +159,7 @@ def check(small: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str, float]:
         Per attention layer, the change of the numbers that it multiplies by (a scale derived from its width).
 
     Raises:
-        Refused: An operator did not follow the new widths.
+        Refused: an operator did not follow the new widths.
     """
     present = keep.copy()
     present[0] = True

@@ -49,14 +49,14 @@ def analyse(model: nn.Module, example_inputs: Example) -> Plan:
     is pruned.
 
     Args:
-        model: The network; left as it was.
-        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+        model: the network; left as it was.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
 
     Returns:
         The plan. The channels of the model's outputs are fixed.
 
     Raises:
-        SurgeryError: The model does not run on the example inputs.
+        SurgeryError: the model does not run on the example inputs.
     """
     plan = _label(model, example_inputs, Fallbacks(), ())
     if not any(trace.literal for trace in plan.traces):
@@ -70,15 +70,15 @@ def follow(
     """Tries a choice out on a hollow small network, and keeps more channels until every operator follows.
 
     Args:
-        model: The dense network.
-        plan: Where to start.
-        choose: Gives ``keep`` for a plan.
+        model: the dense network.
+        plan: where to start.
+        choose: gives `keep` for a plan.
 
     Returns:
-        The plan that was followed, its ``keep``, and per attention layer the change of its scale.
+        The plan that was followed, its `keep`, and per attention layer the change of its scale.
 
     Raises:
-        SurgeryError: The model can't be copied.
+        SurgeryError: the model can't be copied.
     """
     from prune_cli.structure import checker, slicing  # the trial needs surgery, surgery needs Plan
 

@@ -72,8 +72,8 @@ class Fallbacks:
 
     Attributes:
         levels: (training, number of the operator) -> how much its rule fixes.
-        tied: Code of attention modules that derive their head size from the width of their input.
-        guesses: Module name -> how attributes of unknown meaning are set: 0 the likeliest size, 1 the
+        tied: code of attention modules that derive their head size from the width of their input.
+        guesses: module name -> how attributes of unknown meaning are set: 0 the likeliest size, 1 the
         second, 2 left alone.
     """
 
@@ -123,17 +123,17 @@ def call_model(model: nn.Module, example: Example) -> Any:
 
 
 def _batch_norm(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """``torch.batch_norm`` as one operator; otherwise every one of them makes an empty tensor first."""
+    """`torch.batch_norm` as one operator; otherwise every one of them makes an empty tensor first."""
     if kwargs or len(args) != 9:
         return original(*args, **kwargs)
     return torch.native_batch_norm(*args[:8])[0]
 
 
 class Tracer(TorchDispatchMode):
-    """Keeps the stack of modules and counts operators; ``visit`` sees each one with its output.
+    """Keeps the stack of modules and counts operators; `visit` sees each one with its output.
 
     Args:
-        modules: The modules of the network that will run, from ``walk``.
+        modules: the modules of the network that will run, from `walk`.
     """
 
     real = False  # whether products are computed
@@ -292,17 +292,17 @@ def execute(model: nn.Module, example: Example, tracer: Tracer, training: bool) 
     """Runs the model under a tracer.
 
     Args:
-        model: The network.
-        example: Example inputs.
-        tracer: Sees every operator.
-        training: Containers in training mode (auxiliary heads run), layers in evaluation mode.
+        model: the network.
+        example: example inputs.
+        tracer: sees every operator.
+        training: containers in training mode (auxiliary heads run), layers in evaluation mode.
 
     Returns:
         The tensors in the model's output.
 
     Raises:
-        SurgeryError: The model does not run on the example.
-        Refused: The small network did not follow.
+        SurgeryError: the model does not run on the example.
+        Refused: the small network did not follow.
     """
     with _quiet(tracer, training):
         try:

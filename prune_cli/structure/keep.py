@@ -16,10 +16,10 @@ from prune_cli.structure.plan import Plan
 
 
 def removed(ratio: float | str | Fraction, n: int) -> int:
-    """How many of n units a ratio removes: ``int(ratio * n)`` in exact arithmetic.
+    """How many of n units a ratio removes: `int(ratio * n)` in exact arithmetic.
 
     Raises:
-        SurgeryError: The ratio is not in [0, 1].
+        SurgeryError: the ratio is not in [0, 1].
     """
     exact = ratio if isinstance(ratio, Fraction) else Fraction(str(ratio))
     if not 0 <= exact <= 1:
@@ -38,17 +38,17 @@ def lowest_units(
     """Removes the lowest-scored fraction of every family.
 
     Args:
-        plan: From ``analyse``.
-        scores: One score per unit id (higher = keep), length ``plan.size``; None removes the first units.
-        ratio: Fraction removed, in [0, 1], or one per family name (families that are not named keep
+        plan: from `analyse`.
+        scores: one score per unit id (higher = keep), length `plan.size`; None removes the first units.
+        ratio: fraction removed, in [0, 1], or one per family name (families that are not named keep
         everything).
-        min_keep: Units that stay in every family, at least 1.
+        min_keep: units that stay in every family, at least 1.
 
     Returns:
-        ``keep``: bool per unit id.
+        `keep`: bool per unit id.
 
     Raises:
-        SurgeryError: A ratio out of range, or scores of another length or not finite.
+        SurgeryError: a ratio out of range, or scores of another length or not finite.
     """
     values = np.arange(plan.size, dtype=np.float64) if scores is None else np.asarray(scores, dtype=np.float64)
     if values.shape != (plan.size,):
@@ -68,9 +68,9 @@ def spared(plan: Plan, keep: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """The same choice with the best unit of every axis that would be empty: layers may read a part of a family.
 
     Args:
-        plan: From ``analyse``.
-        keep: Bool per unit id.
-        scores: One per unit id, higher = keep.
+        plan: from `analyse`.
+        keep: bool per unit id.
+        scores: one per unit id, higher = keep.
     """
     present = keep.copy()
     present[0] = True

@@ -4,9 +4,9 @@ variables.
 A label is an int64 tensor of the same shape as the tensor that it describes (a *field*). Axes along which it
 does not vary have stride 0, so a field costs as much memory as the axes along which it varies. Values: a
 variable's
-number (> 0), ``FIXED`` = 0 for a position that must stay, ``ANY`` = -1 for a constant that fits anything
+number (> 0), `FIXED` = 0 for a position that must stay, `ANY` = -1 for a constant that fits anything
 (padding,
-``new_zeros``). A weight carries one field per axis, an activation usually one.
+`new_zeros`). A weight carries one field per axis, an activation usually one.
 
 What belongs here: the data types and the equations between variables. What an operator does to labels is in
 operators.py.
@@ -42,9 +42,9 @@ class Marks:
     """What is known of one tensor.
 
     Attributes:
-        fields: One label tensor per independent family of variables, each of the tensor's shape.
-        kind: Where the tensor comes from.
-        zero: Whether the elements of a removed variable are exactly 0 when the network is masked.
+        fields: one label tensor per independent family of variables, each of the tensor's shape.
+        kind: where the tensor comes from.
+        zero: whether the elements of a removed variable are exactly 0 when the network is masked.
     """
 
     fields: tuple[Tensor, ...] = ()
@@ -103,7 +103,7 @@ def vector(label: Tensor, axis: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Multiply-adds of one operator: ``static`` times the number of kept positions in every factor."""
+    """Multiply-adds of one operator: `static` times the number of kept positions in every factor."""
 
     layer: str
     static: int
@@ -171,7 +171,7 @@ class Constraints:
         """Solves the equations.
 
         Returns:
-            The class of each variable, an int64 array of length ``count``; class 0 holds what is fixed.
+            The class of each variable, an int64 array of length `count`; class 0 holds what is fixed.
         """
         lefts = [a for a, _ in self.edges]
         rights = [b for _, b in self.edges]

@@ -14,12 +14,12 @@ class Lineage:
     """How a small network descends from the dense one; plain data, ready for JSON or YAML.
 
     Attributes:
-        kept: Parameter or buffer name -> axis -> kept indices into the dense network. Axes that keep all
+        kept: parameter or buffer name -> axis -> kept indices into the dense network. Axes that keep all
         are absent.
-        attributes: Module name -> attribute -> value.
-        scales: Parameter name -> factor per kept row (axis 0): a change of attention scale folded into the
+        attributes: module name -> attribute -> value.
+        scales: parameter name -> factor per kept row (axis 0): a change of attention scale folded into the
         query.
-        stripes: Name of a convolution -> the stripes it is left with, in the numbers of its kept filters
+        stripes: name of a convolution -> the stripes it is left with, in the numbers of its kept filters
         (stripe_conv.StripeConv2d).
     """
 
@@ -29,11 +29,11 @@ class Lineage:
     stripes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def after(self, first: Lineage) -> Lineage:
-        """The lineage of two rounds: ``first`` led from the dense network to the one that ``self`` starts
+        """The lineage of two rounds: `first` led from the dense network to the one that `self` starts
         from.
 
         Raises:
-            SurgeryError: ``self`` changes a convolution that has stripes; only a plain one can be sliced.
+            SurgeryError: `self` changes a convolution that has stripes; only a plain one can be sliced.
         """
         sliced = {name.rpartition(".")[0] for name in self.kept} | set(self.stripes)
         if both := sorted(sliced & set(first.stripes)):
@@ -73,10 +73,10 @@ class Lineage:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Lineage:
-        """The inverse of ``to_dict``.
+        """The inverse of `to_dict`.
 
         Raises:
-            SurgeryError: A key is missing or a value has another form.
+            SurgeryError: a key is missing or a value has another form.
         """
         try:
             return Lineage(

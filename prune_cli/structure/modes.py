@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def composed_attention() -> Iterator[None]:
-    """Switches off the fused inference path of ``nn.MultiheadAttention``, which hides its products."""
+    """Switches off the fused inference path of `nn.MultiheadAttention`, which hides its products."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

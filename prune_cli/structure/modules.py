@@ -1,4 +1,4 @@
-"""Modules: walks over a tree in one pass (``named_modules`` costs a generator per level), attributes that hold widths."""
+"""Modules: walks over a tree in one pass (`named_modules` costs a generator per level), attributes that hold widths."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def widths_of(module: nn.Module, size: int) -> list[str]:
 
 
 def walk(model: nn.Module, *, again: bool = False) -> list[tuple[str, nn.Module]]:
-    """Dotted names and modules in the order of ``named_modules``.
+    """Dotted names and modules in the order of `named_modules`.
 
     Args:
-        model: The root, named "".
-        again: Whether a module that is reached twice is listed twice.
+        model: the root, named "".
+        again: whether a module that is reached twice is listed twice.
     """
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
@@ -53,8 +53,8 @@ def named_tensors(model: nn.Module, *, again: bool = True) -> dict[str, Tensor]:
     """Parameters, then buffers, by dotted name.
 
     Args:
-        model: The module.
-        again: Whether a tied tensor is listed under each of its names.
+        model: the module.
+        again: whether a tied tensor is listed under each of its names.
     """
     modules = walk(model, again=again)
     found: dict[str, Tensor] = {}

@@ -26,8 +26,8 @@ class Family:
     """Units that live on the same producing axes: what a ratio applies to.
 
     Attributes:
-        name: Dotted name of the first layer that produces these channels.
-        units: Unit ids, in the order of their first position.
+        name: dotted name of the first layer that produces these channels.
+        units: unit ids, in the order of their first position.
         producers: (parameter, axis) whose slices make the channels.
         consumers: (parameter, axis) that read them.
         others: (parameter or buffer, axis) that go along: biases, norms, depthwise kernels, running
@@ -43,10 +43,10 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """The arithmetic of ``count``: products of numbers of kept positions."""
+    """The arithmetic of `count`: products of numbers of kept positions."""
 
     ids: np.ndarray  # unit ids of all distinct axes, end to end
-    starts: np.ndarray  # where each axis begins in ``ids``
+    starts: np.ndarray  # where each axis begins in `ids`
     params: tuple[np.ndarray, np.ndarray]  # static factor and indices of axes, one row per parameter
     macs: tuple[np.ndarray, np.ndarray]  # the same, one row per operator
     param_layers: tuple[str, ...]
@@ -58,12 +58,12 @@ class Plan:
     """What can be removed from a network.
 
     Attributes:
-        axes: Parameter or buffer name -> axis -> unit id per position, 0 = fixed. Tied names share arrays.
-        families: The units that a ratio applies to.
-        size: Number of unit ids, including 0; ``keep`` arrays have this length and ``keep[0]`` is ignored.
-        warnings: One line per operator that froze channels.
-        norms: Units that a norm over channels sees: there the masked network differs from the shrunk one.
-        example: The example inputs.
+        axes: parameter or buffer name -> axis -> unit id per position, 0 = fixed. Tied names share arrays.
+        families: the units that a ratio applies to.
+        size: number of unit ids, including 0; `keep` arrays have this length and `keep[0]` is ignored.
+        warnings: one line per operator that froze channels.
+        norms: units that a norm over channels sees: there the masked network differs from the shrunk one.
+        example: the example inputs.
     """
 
     axes: Mapping[str, Mapping[int, np.ndarray]]
@@ -79,14 +79,14 @@ class Plan:
     fallbacks: Fallbacks = field(default_factory=Fallbacks, repr=False)
 
     def everything(self) -> np.ndarray:
-        """The ``keep`` array that removes nothing."""
+        """The `keep` array that removes nothing."""
         return np.ones(self.size, dtype=bool)
 
     def count(self, keep: np.ndarray) -> PlanCost:
         """PlanCost of the network that keeps these units, by arithmetic alone.
 
         Args:
-            keep: Bool array of length ``size``, indexed by unit id.
+            keep: bool array of length `size`, indexed by unit id.
 
         Returns:
             Parameters and multiply-adds, equal to what counting the built network gives.

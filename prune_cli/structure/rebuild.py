@@ -34,12 +34,12 @@ def rebuild(dense: nn.Module, lineage: Lineage) -> nn.Module:
     """The small network from the dense one, without example inputs; weights are sliced along.
 
     Args:
-        dense: The network that the lineage starts from (its weights matter only if none are loaded
+        dense: the network that the lineage starts from (its weights matter only if none are loaded
         afterwards).
-        lineage: From ``shrink``, composed over rounds.
+        lineage: from `shrink`, composed over rounds.
 
     Raises:
-        SurgeryError: The lineage does not fit the network.
+        SurgeryError: the lineage does not fit the network.
     """
     named = named_tensors(dense)
     for name, axes in lineage.kept.items():

@@ -123,10 +123,10 @@ def forward(model: nn.Module, plan: Plan, keep: np.ndarray, example: Example) ->
     """Outputs of the dense network with masks applied and norms over the kept channels.
 
     Args:
-        model: The dense network; left as it was.
-        plan: Its plan.
-        keep: Bool per unit id.
-        example: Inputs of the same shapes as the plan's example.
+        model: the dense network; left as it was.
+        plan: its plan.
+        keep: bool per unit id.
+        example: inputs of the same shapes as the plan's example.
     """
     present = keep.copy()
     present[0] = True
@@ -147,9 +147,9 @@ def difference(model: nn.Module, shrunk: Shrunk, example: Example) -> float:
     """Largest absolute difference of the outputs of the shrunk and the masked network, relative to the largest output.
 
     Args:
-        model: The dense network, both in evaluation.
-        shrunk: From ``surgery.remove_units``.
-        example: Inputs of the same shapes as the plan's example.
+        model: the dense network, both in evaluation.
+        shrunk: from `surgery.remove_units`.
+        example: inputs of the same shapes as the plan's example.
     """
     want = forward(model, shrunk.plan, shrunk.keep, example)
 

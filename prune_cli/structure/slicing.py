@@ -1,7 +1,7 @@
 """Makes a network really smaller: masks, slicing, and the way back from a file.
 
-``shrink`` selects the kept positions of every parameter axis and returns a new module; the dense one is left as it was.
-``Lineage`` says what was kept in terms of the dense network, so a fresh process can ``rebuild`` the small one.
+`shrink` selects the kept positions of every parameter axis and returns a new module; the dense one is left as it was.
+`Lineage` says what was kept in terms of the dense network, so a fresh process can `rebuild` the small one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def kept_indices(plan: Plan, keep: np.ndarray) -> dict[str, dict[int, np.ndarray
 
 
 def structured_masks(model: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str, Tensor]:
-    """Masks of the parameters that a ``keep`` array touches (True = keep).
+    """Masks of the parameters that a `keep` array touches (True = keep).
 
     Zeroes the producers' rows, biases and norm parameters and the consumers' columns, so that the masked network
     computes what the shrunk one does, norms over channels excepted.
@@ -96,13 +96,13 @@ def _copy(
 
 
 def duplicate(model: nn.Module) -> nn.Module:
-    """``copy.deepcopy`` of a network, also where that refuses computed tensors (old-style weight_norm)."""
+    """`copy.deepcopy` of a network, also where that refuses computed tensors (old-style weight_norm)."""
     with torch.no_grad():
         return _copy(model, _slice, {})
 
 
 def _clone(module: nn.Module, memo: dict[int, Any], ordinary: dict[type, bool]) -> Any:
-    """``copy.deepcopy`` with a short way for the plain state of ordinary modules."""
+    """`copy.deepcopy` with a short way for the plain state of ordinary modules."""
     if id(module) in memo:
         return memo[id(module)]
     kind = type(module)

@@ -28,10 +28,10 @@ class Shrunk:
     """A small network and where it comes from.
 
     Attributes:
-        model: The new module.
-        lineage: Kept indices and attribute edits, relative to the network that was shrunk.
-        plan: The plan that was followed; it differs from the one asked when an operator could not follow.
-        keep: Bool per unit id of that plan.
+        model: the new module.
+        lineage: kept indices and attribute edits, relative to the network that was shrunk.
+        plan: the plan that was followed; it differs from the one asked when an operator could not follow.
+        keep: bool per unit id of that plan.
     """
 
     model: nn.Module
@@ -45,17 +45,17 @@ def remove_units(
 ) -> Shrunk:
     """Removes units and returns a new, smaller module.
 
-    Parameter names, ties, hooks, ``requires_grad``, gradients and the modes survive. The dense model stays as it was.
-    Where an operator can't follow, the channels that touch it are kept, and ``Shrunk.plan`` says so in a warning.
+    Parameter names, ties, hooks, `requires_grad`, gradients and the modes survive. The dense model stays as it was.
+    Where an operator can't follow, the channels that touch it are kept, and `Shrunk.plan` says so in a warning.
 
     Args:
-        model: The network that the plan was made for.
-        plan: From ``channels.analyse``.
-        keep: Bool per unit id.
-        optimizer: Re-pointed in place to the new parameters; momentum and moments are sliced along.
+        model: the network that the plan was made for.
+        plan: from `channels.analyse`.
+        keep: bool per unit id.
+        optimizer: re-pointed in place to the new parameters; momentum and moments are sliced along.
 
     Raises:
-        SurgeryError: ``keep`` would empty an axis, or the model can't be copied.
+        SurgeryError: `keep` would empty an axis, or the model can't be copied.
     """
     if keep.shape != (plan.size,) or keep.dtype != np.bool_:
         raise SurgeryError(f"keep has shape {keep.shape} and type {keep.dtype}; give {plan.size} bools")
@@ -146,5 +146,5 @@ def _repoint(
 
 
 def relative(shrunk: Shrunk, first: Lineage) -> Shrunk:
-    """The same result with a lineage that starts from the dense network of ``first``."""
+    """The same result with a lineage that starts from the dense network of `first`."""
     return replace(shrunk, lineage=shrunk.lineage.after(first))

@@ -14,13 +14,13 @@ from prune_cli.structure.modes import evaluating
 
 
 def recalibrate_bn(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
-    """Replaces the running statistics of every batch norm by their mean over ``batches`` of training images.
+    """Replaces the running statistics of every batch norm by their mean over `batches` of training images.
 
     Each batch counts the same. Norms run in train mode, everything else (dropout) in eval mode; weights,
     momentum and modes are what they were afterwards.
 
     Raises:
-        DataError: If there is no batch; the statistics are unchanged then.
+        DataError: if there is no batch; the statistics are unchanged then.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     iterator = iter(batches)

@@ -22,14 +22,14 @@ class Call:
     """One executed operator and where it happened.
 
     Attributes:
-        name: Operator name without overload, a trailing underscore of in-place relatives removed.
-        inputs: The tensors among the arguments, lists opened.
-        level: How often the check after surgery has refused this operator.
-        heads: In attention, what the axes of a split mean: ``"heads"`` prunes whole heads, ``"dims"`` the
+        name: operator name without overload, a trailing underscore of in-place relatives removed.
+        inputs: the tensors among the arguments, lists opened.
+        level: how often the check after surgery has refused this operator.
+        heads: in attention, what the axes of a split mean: `"heads"` prunes whole heads, `"dims"` the
         same
-            positions in every head, ``None`` leaves the choice to the equations.
-        norm: Whether a module that normalises is being executed.
-        layer: Dotted name of the module being executed.
+            positions in every head, `None` leaves the choice to the equations.
+        norm: whether a module that normalises is being executed.
+        layer: dotted name of the module being executed.
     """
 
     name: str
@@ -98,9 +98,9 @@ def merge(call: Call, shape: Sequence[int], operands: list[tuple[Marks, Sequence
     """Unifies the fields of operands that meet element by element.
 
     Args:
-        call: The operator.
-        shape: Shape of the output.
-        operands: Marks of each operand, and the operand's shape as it is broadcast (same rank or shorter).
+        call: the operator.
+        shape: shape of the output.
+        operands: marks of each operand, and the operand's shape as it is broadcast (same rank or shorter).
 
     Returns:
         The fields of the output; fields that meet constant data are frozen and end here.
@@ -135,7 +135,7 @@ def merge(call: Call, shape: Sequence[int], operands: list[tuple[Marks, Sequence
 def _narrower(
     first: tuple[Tensor, tuple[int, ...]], second: tuple[Tensor, tuple[int, ...]]
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Of two tied fields the one that varies along fewer axes, with ``ANY`` filled in from the other."""
+    """Of two tied fields the one that varies along fewer axes, with `ANY` filled in from the other."""
     if len(second[1]) < len(first[1]):
         first, second = second, first
     label, axes = first

@@ -268,7 +268,7 @@ def _contract(
 
 
 def vector_product(call: Call) -> Result:
-    """``mv``, ``dot`` and ``vdot``: a matrix or a vector times a vector, as spectral_norm does with weights."""
+    """`mv`, `dot` and `vdot`: a matrix or a vector times a vector, as spectral_norm does with weights."""
     left, right = call.args[:2]
     a, b = marks_of(left), marks_of(right)
     last = left.dim() - 1
@@ -281,7 +281,7 @@ def vector_product(call: Call) -> Result:
 
 
 def distances(call: Call) -> Result:
-    """``cdist``: differences along the last axis, 0 where both are."""
+    """`cdist`: differences along the last axis, 0 where both are."""
     a, b = map(marks_of, call.args[:2])
     lines = []
     for tensor in call.args[:2]:

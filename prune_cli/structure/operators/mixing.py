@@ -236,7 +236,7 @@ def glu(call: Call) -> Result:
 
 
 def _affine(call: Call, fields: tuple[Marks, Sequence[int]], axes: tuple[int, ...], values: list[Any]) -> Marks:
-    """Per-channel parameters and buffers along ``axes`` of the input."""
+    """Per-channel parameters and buffers along `axes` of the input."""
     source, _ = fields
     shape = call.args[0].shape
     operands: list[tuple[Marks, Sequence[int]]] = [(source, shape)]
@@ -344,7 +344,7 @@ def prelu(call: Call) -> Result:
 
 
 def weight_norm(call: Call) -> Result:
-    """``v * g / |v|``: labels of v, g's along its axis."""
+    """`v * g / |v|`: labels of v, g's along its axis."""
     v, g = call.args[:2]
     fields = merge(call, v.shape, [(marks_of(v), v.shape), (marks_of(g), g.shape)])
     return (Marks(fields, Kind.WEIGHT, True), ASIDE)

@@ -147,7 +147,7 @@ def _cut(call: Call, label: Tensor, wide: tuple[int, ...], before: int) -> Tenso
 
 
 def slices(call: Call) -> Result:
-    """``x[a:b:c]``: equal parts of an axis shrink together; a literal bound fixes what lies before it."""
+    """`x[a:b:c]`: equal parts of an axis shrink together; a literal bound fixes what lies before it."""
     source, out = call.args[0], call.out
     axis = positive_axis(call.arg(1, "dim", 0), source.dim())
     n, kept = source.shape[axis], out.shape[axis]
@@ -191,7 +191,7 @@ def _cut_part(call: Call, label: Tensor, axis: int, start: int, kept: int, step:
 
 
 def split(call: Call) -> Result:
-    """``split`` and ``chunk``: equal parts shrink together; unequal parts follow attributes, or are
+    """`split` and `chunk`: equal parts shrink together; unequal parts follow attributes, or are
     frozen."""
     source, outs = call.args[0], call.out
     axis = positive_axis(call.arg(2, "dim", 0), source.dim())
@@ -211,7 +211,7 @@ def split(call: Call) -> Result:
 
 
 def select_op(call: Call) -> Result:
-    """``x[i]`` and ``unbind``: along an axis with labels all positions are one."""
+    """`x[i]` and `unbind`: along an axis with labels all positions are one."""
     source = call.args[0]
     axis = positive_axis(call.arg(1, "dim", 0), source.dim())
     marks = marks_of(source)
@@ -282,7 +282,7 @@ def _cat_line(
 
 
 def padded(label: Tensor, pads: Sequence[int], value: int) -> Tensor:
-    """Constant padding of labels (last axis first, as in ``constant_pad_nd``)."""
+    """Constant padding of labels (last axis first, as in `constant_pad_nd`)."""
     rank = label.dim()
     before = [0] * rank
     size = list(label.shape)
@@ -398,7 +398,7 @@ def fold(call: Call) -> Result:
 
 
 def windows(call: Call) -> Result:
-    """``Tensor.unfold`` and pairs of real numbers as complex ones: along axes without labels only."""
+    """`Tensor.unfold` and pairs of real numbers as complex ones: along axes without labels only."""
     source = call.args[0]
     axis = positive_axis(call.args[1] if call.name == "unfold" else -1, source.dim())
     marks = marks_of(source)

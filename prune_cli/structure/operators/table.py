@@ -61,7 +61,7 @@ def factory(call: Call) -> Result:
 
 
 def write(call: Call) -> Result:
-    """``copy_``, ``fill_`` and ``zero_``, also into a view of a larger tensor."""
+    """`copy_`, `fill_` and `zero_`, also into a view of a larger tensor."""
     target = call.args[0]
     marks = marks_of(target)
     if call.name == "zero" or (call.name == "fill" and marks.fields):
@@ -82,7 +82,7 @@ def write(call: Call) -> Result:
 
 
 def index_put(call: Call) -> Result:
-    """``x[rows] = values``: what the rows and the values are along the axes that are not indexed must be the same."""
+    """`x[rows] = values`: what the rows and the values are along the axes that are not indexed must be the same."""
     target, indices, values = call.args[:3]
     if target._base is not None or any(index is None for index in indices):
         freeze(call, target._base)
@@ -121,7 +121,7 @@ def constant(call: Call) -> Result:
 
 
 def strided(call: Call) -> Result:
-    """``as_strided`` that only renames memory: same sizes."""
+    """`as_strided` that only renames memory: same sizes."""
     source = call.args[0]
     if marks_of(source).fields and tuple(call.args[1]) != marks_of(source).fields[0].shape:
         raise Unsupported
