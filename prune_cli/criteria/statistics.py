@@ -162,8 +162,7 @@ def collect(
 
     Returns:
         Parameter name -> need -> tensor. Outputs of a layer that did not run are absent, and everything of a weight
-        that is computed from other parameters; where the loss does not
-        depend on a weight, its gradient is 0.
+        that is computed from other parameters; where the loss does not depend on a weight, its gradient is 0.
 
     Raises:
         ConfigError: the network's operators differ from batch to batch.

@@ -21,9 +21,8 @@ _SHOWN = 4
 def fit_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Loads `state` into `model` in place, keeping its device, dtype and memory format.
 
-    Accepted beside an exact match: missing counters of batches, a tied tensor under one of its names only,
-    and one module under another name (`fc` for `linear`) if only one renaming fits names and sizes;
-    that is logged.
+    Accepted beside an exact match: missing counters of batches, a tied tensor under one of its names only, and one
+    module under another name (`fc` for `linear`) if only one renaming fits names and sizes; that is logged.
 
     Args:
         model: the network.

@@ -133,8 +133,7 @@ def dense_cfg(depth: int) -> list[list[int]]:
 def dense_projection(depth: int) -> list[bool]:
     """Returns, per block, whether its shortcut is a 1x1 convolution in the dense ResNet of this depth.
 
-    The first block of every stage has one, except stage 1 of ResNet-18 and 34, which neither strides nor
-    widens.
+    The first block of every stage has one, except stage 1 of ResNet-18 and 34, which neither strides nor widens.
     """
     check_choice("resnet", "depth", depth, _STAGE_BLOCKS)
     return [

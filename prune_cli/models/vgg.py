@@ -31,8 +31,7 @@ class VGG(nn.Module):
     """Convolutions and poolings in `features`, global average pooling, the linear layer `classifier`.
 
     Takes (N, C, H, W) of any size from 1 x 1. Poolings halve and round up (`ceil_mode`), so a map of one
-    pixel stays one pixel: 32 -> 16 -> 8 -> 4 -> 2 -> 1, 28 -> 14 -> 7 -> 4 -> 2 -> 1, 8 -> 4 -> 2 -> 1 -> 1
-    -> 1.
+    pixel stays one pixel: 32 -> 16 -> 8 -> 4 -> 2 -> 1, 28 -> 14 -> 7 -> 4 -> 2 -> 1, 8 -> 4 -> 2 -> 1 -> 1 -> 1.
     """
 
     def __init__(self, cfg: Sequence[int | str], in_channels: int, num_classes: int, bias: bool) -> None:

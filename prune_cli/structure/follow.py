@@ -16,8 +16,7 @@ from prune_cli.structure.interpreter import FROZEN_LEVEL, Example, Fallbacks, Re
 from prune_cli.structure.keep import spared
 from prune_cli.structure.plan import Plan
 
-# Operators whose rule knows more than one answer; any other is frozen when the small network did not follow
-# it.
+# Operators whose rule knows more than one answer; any other is frozen when the small network did not follow it.
 LEVELLED = {
     "view": 3,
     "_unsafe_view": 3,

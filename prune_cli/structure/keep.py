@@ -40,8 +40,7 @@ def lowest_units(
     Args:
         plan: from `analyse`.
         scores: one score per unit id (higher = keep), length `plan.size`; None removes the first units.
-        ratio: fraction removed, in [0, 1], or one per family name (families that are not named keep
-        everything).
+        ratio: fraction removed, in [0, 1], or one per family name (families that are not named keep everything).
         min_keep: units that stay in every family, at least 1.
 
     Returns:

@@ -1,15 +1,12 @@
-"""Labels: which channel variable each element of a tensor belongs to, and what has been learned about the
-variables.
+"""Labels: which channel variable each element of a tensor belongs to, and what has been learned about the variables.
 
-A label is an int64 tensor of the same shape as the tensor that it describes (a *field*). Axes along which it
-does not vary have stride 0, so a field costs as much memory as the axes along which it varies. Values: a
-variable's
-number (> 0), `FIXED` = 0 for a position that must stay, `ANY` = -1 for a constant that fits anything
-(padding,
-`new_zeros`). A weight carries one field per axis, an activation usually one.
+A label is an int64 tensor of the same shape as the tensor that it describes (a *field*). Axes along which it does not
+vary have stride 0, so a field costs as much memory as the axes along which it varies. Values: a variable's number (>
+0), `FIXED` = 0 for a position that must stay, `ANY` = -1 for a constant that fits anything (padding, `new_zeros`). A
+weight carries one field per axis, an activation usually one.
 
 What belongs here: the data types and the equations between variables. What an operator does to labels is in
-operators.py.
+`operators/`.
 """
 
 from __future__ import annotations

@@ -14,11 +14,9 @@ class Lineage:
     """How a small network descends from the dense one; plain data, ready for JSON or YAML.
 
     Attributes:
-        kept: parameter or buffer name -> axis -> kept indices into the dense network. Axes that keep all
-        are absent.
+        kept: parameter or buffer name -> axis -> kept indices into the dense network. Axes that keep all are absent.
         attributes: module name -> attribute -> value.
-        scales: parameter name -> factor per kept row (axis 0): a change of attention scale folded into the
-        query.
+        scales: parameter name -> factor per kept row (axis 0): a change of attention scale folded into the query.
         stripes: name of a convolution -> the stripes it is left with, in the numbers of its kept filters
         (stripe_conv.StripeConv2d).
     """

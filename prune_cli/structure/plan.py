@@ -30,8 +30,7 @@ class Family:
         units: unit ids, in the order of their first position.
         producers: (parameter, axis) whose slices make the channels.
         consumers: (parameter, axis) that read them.
-        others: (parameter or buffer, axis) that go along: biases, norms, depthwise kernels, running
-        statistics.
+        others: (parameter or buffer, axis) that go along: biases, norms, depthwise kernels, running statistics.
     """
 
     name: str

@@ -34,8 +34,7 @@ def rebuild(dense: nn.Module, lineage: Lineage) -> nn.Module:
     """The small network from the dense one, without example inputs; weights are sliced along.
 
     Args:
-        dense: the network that the lineage starts from (its weights matter only if none are loaded
-        afterwards).
+        dense: the network that the lineage starts from (its weights matter only if none are loaded afterwards).
         lineage: from `shrink`, composed over rounds.
 
     Raises:

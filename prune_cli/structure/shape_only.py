@@ -1,5 +1,4 @@
-"""Operators without arithmetic: while labels or shapes are followed, the values of activations matter to
-nobody."""
+"""Operators without arithmetic: while labels or shapes are followed, the values of activations matter to nobody."""
 
 from __future__ import annotations
 

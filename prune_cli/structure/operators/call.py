@@ -25,8 +25,7 @@ class Call:
         name: operator name without overload, a trailing underscore of in-place relatives removed.
         inputs: the tensors among the arguments, lists opened.
         level: how often the check after surgery has refused this operator.
-        heads: in attention, what the axes of a split mean: `"heads"` prunes whole heads, `"dims"` the
-        same
+        heads: in attention, what the axes of a split mean: `"heads"` prunes whole heads, `"dims"` the same
             positions in every head, `None` leaves the choice to the equations.
         norm: whether a module that normalises is being executed.
         layer: dotted name of the module being executed.

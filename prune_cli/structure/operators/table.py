@@ -1,7 +1,6 @@
 """LayerSelector rule belongs to which ATen operator; factories and writes into memory.
 
-An operator without a rule freezes every label that touches it: the fallback is less pruning, never a wrong
-network.
+An operator without a rule freezes every label that touches it: the fallback is less pruning, never a wrong network.
 """
 
 from __future__ import annotations
