@@ -1,51 +1,78 @@
-"""Every shipped recipe and every shipped option runs: a new file is tested by existing."""
+"""Every shipped recipe and every shipped option runs: a new file is tested by existing.
+
+What would take long in an option is cut by the overrides in a comment line of its file, `# tiny: schedule.epochs=2`. Which
+options go together is in legal.txt (test_legality.py). Here every schedule runs with every granularity, and every criterion
+once; `scripts/test all` runs it with every granularity.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pytest
 
+from prune_cli.config.compose import compose
 from prune_cli.config.locations import options
+from tests.runs.test_legality import GOLDEN, cells
 
 TINY = ("limit_batches=1", "dataset.fake=true", "latency=false", "device=cpu")
+LARGE = {name for name in options("recipe") if "imagenet" in name}
+RESNET = ("recipe=tiny", "dataset=fake", "model=resnet20", "model.depth=8", "stages=[prune]")
+LEGAL = [place[1:] for place, legal in cells(GOLDEN.read_text()).items() if legal and place[0] == "prune"]
+
+
+def tiny(config: dict, choices: dict[str, str]) -> list[str]:
+    """The overrides that shorten a composed config: one epoch per stage, few images, and what its options ask for."""
+    cut = []
+    for place, name in choices.items():
+        group, _, node = place.partition("@")
+        if name in options(group) and (group != "stage" or node in config["stages"]):
+            cut += re.findall(r"\S+=\S+", " ".join(re.findall(r"^# tiny: (.+)$", options(group)[name].read_text(), re.M)))
+    keys = {"epochs": "epochs=1", "batch_size": "batch_size=4", "calibration": "calibration.images=6"}
+    return cut + [f"{stage}.{keys[key]}" for stage in set(config["stages"]) for key in keys if key in config[stage]]
+
+
+def shortened(arguments: Iterable[str]) -> list[str]:
+    """The arguments, with those that make it one small batch per epoch on a few small images."""
+    cut: list[str] = []
+    for _ in range(2):  # an option may ask for another, whose line holds too
+        composed = compose([*arguments, *cut])
+        cut = list(dict.fromkeys(tiny(composed.config, composed.choices)))
+    return [*arguments, *cut, *TINY]
 
 
 @pytest.fixture
 def short(prune, monkeypatch):
     """Runs a recipe for one small batch per epoch, one epoch per stage, on a few small images."""
-    from prune_cli.config.compose import compose
     from prune_cli.data.fake import stand_in
 
     monkeypatch.setitem(stand_in.__kwdefaults__, "sizes", (64, 32))
 
     def call(*arguments: str):
-        config = compose(list(arguments)).config
-        cut = [f"{stage}.epochs=1" for stage in set(config["stages"]) if "epochs" in config[stage]]
-        cut += [f"{stage}.batch_size=4" for stage in set(config["stages"]) if "batch_size" in config[stage]]
-        cut += [f"{stage}.calibration.images=6" for stage in set(config["stages"]) if "calibration" in config[stage]]
-        if "skeleton" in config["stages"]:  # stripes begin at 1 and have one step to die
-            cut += ["skeleton.threshold=0.9999"]
-        large = "resize" in config["dataset"]
-        if large:
-            cut += ["dataset.image_size=64", "dataset.resize=64"]
-        if "retrain_epoch" in config["schedule"]:
-            soft = 0 if large else 1  # a mask update of VGG-16 with its classifier takes many seconds
-            cut += [f"schedule.epochs={soft + 1}", f"schedule.retrain_epoch={soft}", "schedule.prune_freq=1"]
-        if "iterations" in config["schedule"]:
-            cut += ["schedule.iterations=2", "schedule.epochs_per_iteration=1", "schedule.retrain_epochs=0"]
-        return prune("run", *arguments, *cut, *TINY)
+        return prune("run", *shortened(arguments))
 
     return call
 
 
-@pytest.mark.parametrize("name", options("recipe"))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in options("recipe")]
+)
 def test_recipe_runs(short, name):
     result = short(f"recipe={name}")
     assert result.code == 0, result.err
     rows = result.rows
     assert rows.acc1.between(0, 100).all()
     assert (rows.params_nonzero.iloc[-1] < rows.params_nonzero.iloc[0]) or rows.params.iloc[-1] < rows.params.iloc[0]
+
+
+@pytest.mark.parametrize("name", sorted(LARGE))
+def test_a_large_recipe_is_built_and_checked(prune, name):
+    """As a run does before it trains: data, network, every layer that is asked for, every stage."""
+    result = prune("show", *shortened([f"recipe={name}"]))
+    assert result.code == 0, result.err
+    assert "imagenet: 1000 classes" in result.out
+    assert re.search(r"prune: .*\d+ layers, ", result.out)
 
 
 @pytest.mark.parametrize(("name", "path"), options("recipe").items())
@@ -75,19 +102,30 @@ def test_every_lr_schedule(short, name):
     assert result.code == 0, result.err
 
 
-@pytest.mark.parametrize("criterion", options("criterion"))
-@pytest.mark.parametrize("granularity", options("granularity"))
-@pytest.mark.parametrize("schedule", options("schedule"))
-def test_every_legal_combination_runs_and_every_other_is_refused(short, criterion, granularity, schedule):
-    result = short(
-        "recipe=quickstart", "dataset=fake", "model=resnet20", "stages=[prune]", "granularity.ratio=0.5",
-        f"criterion={criterion}", f"granularity={granularity}", f"schedule={schedule}",
-    )  # fmt: skip
-    if result.code == 0:
-        assert result.rows.loc["prune", "ratio_prunable"] == pytest.approx(0.5, abs=0.03)
-    else:
-        assert result.code == 2
-        assert "choose" in result.err or "needs" in result.err
+def pruned(short, *arguments: str) -> None:
+    """A run of the small network removes what was asked."""
+    result = short(*RESNET, *arguments)
+    assert result.code == 0, result.err
+    row = result.rows.loc["prune"]
+    assert row.ratio_prunable == pytest.approx(row.ratio_requested, abs=0.03)
+
+
+@pytest.mark.parametrize(("schedule", "granularity"), [(s, g) for s, criterion, g in LEGAL if criterion == "l1"])
+def test_every_schedule_with_every_granularity(short, schedule, granularity):
+    pruned(short, f"schedule={schedule}", f"granularity={granularity}")
+
+
+@pytest.mark.parametrize("name", options("criterion"))
+def test_every_criterion(short, name):
+    """With the first granularity that is legal for it; one that needs another schedule says so in its file."""
+    granularity = next((granularity for _, criterion, granularity in LEGAL if criterion == name), "element")
+    pruned(short, f"criterion={name}", f"granularity={granularity}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("criterion", "granularity"), [(c, g) for schedule, c, g in LEGAL if schedule == "one_shot"])
+def test_every_criterion_with_every_granularity(short, criterion, granularity):
+    pruned(short, f"criterion={criterion}", f"granularity={granularity}")
 
 
 @pytest.mark.parametrize("name", options("distillation"))

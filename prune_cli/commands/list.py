@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(HELP)
         return 0
     if "--legal" in arguments:
-        from prune_cli.legality import render, table
+        from prune_cli.pipeline.legality import render, table
 
         cells = table([argument for argument in arguments if argument not in ("--legal", "--why")])
         sys.stdout.write(render(cells, reasons="--why" in arguments))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prune_cli.config import options
-from prune_cli.legality import render, table
+from prune_cli.config.locations import options
+from prune_cli.pipeline.legality import render, table
 
 GOLDEN = Path(__file__).with_name("legal.txt")
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 
-from prune_cli.config import compose, options
+from prune_cli.config.compose import compose
+from prune_cli.config.locations import options
 from prune_cli.console import Console
 from prune_cli.errors import ConfigError, PruneError, nearest
-from prune_cli.pipeline import check_steps, first_state, resolve_steps
-from prune_cli.store import Store, default_root
+from prune_cli.pipeline.build import check_steps, first_state, resolve_steps
+from prune_cli.pipeline.store import Store, default_root
 
 AXES = ("criterion", "granularity", "schedule", "regulariser")
 """The groups whose options can exclude each other."""
