@@ -28,7 +28,7 @@ from prune_cli.errors import ConfigError
 from prune_cli.files.weights import load_weights
 from prune_cli.pipeline.loading import build_architecture
 from prune_cli.pipeline.state import State
-from prune_cli.pipeline.step import CHOICES, Pipeline, Step, _prunes
+from prune_cli.pipeline.step import CHOICES, Pipeline, Step, prunes
 from prune_cli.pipeline.store import Store, key_of
 from prune_cli.tensors import state_sha256
 from prune_cli.training.distributed import local_device
@@ -75,14 +75,14 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
     _check_order(steps)
     checked = state
     for step in steps:
-        if _prunes(step):
+        if prunes(step):
             checked = checked.evolve(dense=store.root)  # from here on there is a dense network to learn from
         checked = _check(step, checked)
     parts = (content_key(config["model"]), state_sha256(model.state_dict()), data.fingerprint, state.seed)
     root_key = key_of("", *parts, content_key(_without_place(config["dataset"])), config.get("limit_batches"))
     labels = {"seed": state.seed} | {group: choices.get(group) for group in ("recipe", "model", "dataset")}
     trained = bool(weights) or bool(config["model"].get("pretrained"))
-    return Pipeline(state, tuple(steps), root_key, labels, trained or _prunes(steps[0]), trained)
+    return Pipeline(state, tuple(steps), root_key, labels, trained or prunes(steps[0]), trained)
 
 
 def _step(stage: str, occurrence: int, node: Mapping[str, Any], choices: Mapping[str, str]) -> Step:
