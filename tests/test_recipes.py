@@ -18,7 +18,7 @@ from tests.runs.test_legality import GOLDEN, cells
 
 TINY = ("limit_batches=1", "dataset.fake=true", "latency=false", "device=cpu")
 LARGE = {name for name in options("recipe") if "imagenet" in name}
-RESNET = ("recipe=tiny", "dataset=fake", "model=resnet20", "model.depth=8", "stages=[prune]")
+RESNET = ("recipe=quickstart", "dataset=fake", "model=resnet20", "model.depth=8", "stages=[prune]", "granularity.ratio=0.75")
 LEGAL = [place[1:] for place, legal in cells(GOLDEN.read_text()).items() if legal and place[0] == "prune"]
 
 

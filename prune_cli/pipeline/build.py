@@ -28,7 +28,7 @@ from prune_cli.errors import ConfigError
 from prune_cli.files.weights import load_weights
 from prune_cli.pipeline.loading import build_architecture
 from prune_cli.pipeline.state import State
-from prune_cli.pipeline.step import CHOICES, Pipeline, Step, _prunes
+from prune_cli.pipeline.step import CHOICES, Pipeline, Step, prunes
 from prune_cli.pipeline.store import Store, key_of
 from prune_cli.tensors import state_sha256
 from prune_cli.training.distributed import local_device
@@ -58,7 +58,7 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
     root_key = key_of("", *parts, content_key(_without_place(config["dataset"])), config.get("limit_batches"))
     labels = {"seed": state.seed} | {group: choices.get(group) for group in ("recipe", "model", "dataset")}
     trained = bool(model.get("weights")) or bool(model.get("pretrained"))
-    return Pipeline(state, steps, root_key, labels, trained or _prunes(steps[0]), trained)
+    return Pipeline(state, steps, root_key, labels, trained or prunes(steps[0]), trained)
 
 
 def resolve_steps(order: Sequence[str], config: Mapping[str, Any], choices: Mapping[str, str]) -> tuple[Step, ...]:
@@ -112,7 +112,7 @@ def check_steps(steps: Sequence[Step], state: State) -> None:
     """
     _check_order(steps)
     for step in steps:
-        if _prunes(step):
+        if prunes(step):
             state = state.evolve(dense=state.slot.folder.parent)  # from here on there is a dense network to learn from
         state = _check(step, state)
 

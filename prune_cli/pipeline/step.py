@@ -50,12 +50,12 @@ class Pipeline:
     trained: bool
 
 
-def _prunes(step: Step) -> bool:
+def prunes(step: Step) -> bool:
     """Whether a stage removes something: the network that enters the first such stage is the dense one."""
     return isinstance(step.run, functools.partial) and {"granularity", "distillation"} <= step.run.keywords.keys()
 
 
-def _reads_weights(step: Step) -> bool:
+def reads_weights(step: Step) -> bool:
     """Whether a stage chooses among the weights or channels of layers, which must be plain ones then."""
     return isinstance(step.run, functools.partial) and bool({"granularity", "regulariser"} & step.run.keywords.keys())
 
