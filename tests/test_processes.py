@@ -102,12 +102,12 @@ def measured(world: World) -> dict[str, list]:
     return {f"{name} {need}": value.flatten().tolist() for name, of in found.items() for need, value in of.items()}
 
 
-def two_processes(place: Path, function: str, body: str) -> str:
-    """What two processes print that run `body`, which knows `world` and a function of this file."""
+def two_processes(place: Path, module: str, function: str, body: str) -> str:
+    """What two processes print that run `body`, which knows `world` and a function of a test's module."""
     script = place / "child.py"
     script.write_text(
-        f"import json, torch\nfrom tests.test_processes import {function}\n"
-        f"from prune_cli.processes import joined, leave\nwith joined(torch.device('cpu')) as world:\n{body}leave()\n"
+        f"import json, torch\nfrom {module} import {function}\n"
+        f"from prune_cli.training.distributed import joined, leave\nwith joined(torch.device('cpu')) as world:\n{body}leave()\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
@@ -121,6 +121,7 @@ def two_processes(place: Path, function: str, body: str) -> str:
 def test_two_processes_measure_what_one_does(tmp_path):
     two_processes(
         tmp_path,
+        __name__,
         "measured",
         "    found = measured(world)\n"
         "    same = world.broadcast(found) == found\n"
@@ -136,7 +137,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
 def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
     out = two_processes(
-        tmp_path, "curve", "    found = curve(world)\n    if world.main:\n        print(json.dumps(found))\n"
+        tmp_path, __name__, "curve", "    found = curve(world)\n    if world.main:\n        print(json.dumps(found))\n"
     )
     two, one = json.loads(out.strip().splitlines()[-1]), curve(World())
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-10)
@@ -259,6 +260,7 @@ def learned(world: World, method: str) -> dict[str, list]:
 def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
     out = two_processes(
         tmp_path,
+        __name__,
         "learned",
         f"    found = learned(world, {method!r})\n"
         "    every = [world.broadcast(None)] if not world.main else [world.broadcast(found)]\n"

@@ -18,7 +18,14 @@ from tests.runs.test_legality import GOLDEN, cells
 
 TINY = ("limit_batches=1", "dataset.fake=true", "latency=false", "device=cpu")
 LARGE = {name for name in options("recipe") if "imagenet" in name}
-RESNET = ("recipe=quickstart", "dataset=fake", "model=resnet20", "model.depth=8", "stages=[prune]", "granularity.ratio=0.75")
+RESNET = (
+    "recipe=quickstart",
+    "dataset=fake",
+    "model=resnet20",
+    "model.depth=8",
+    "stages=[prune]",
+    "granularity.ratio=0.75",
+)
 LEGAL = [place[1:] for place, legal in cells(GOLDEN.read_text()).items() if legal and place[0] == "prune"]
 
 
@@ -28,7 +35,9 @@ def tiny(config: dict, choices: dict[str, str]) -> list[str]:
     for place, name in choices.items():
         group, _, node = place.partition("@")
         if name in options(group) and (group != "stage" or node in config["stages"]):
-            cut += re.findall(r"\S+=\S+", " ".join(re.findall(r"^# tiny: (.+)$", options(group)[name].read_text(), re.M)))
+            cut += re.findall(
+                r"\S+=\S+", " ".join(re.findall(r"^# tiny: (.+)$", options(group)[name].read_text(), re.M))
+            )
     keys = {"epochs": "epochs=1", "batch_size": "batch_size=4", "calibration": "calibration.images=6"}
     return cut + [f"{stage}.{keys[key]}" for stage in set(config["stages"]) for key in keys if key in config[stage]]
 
