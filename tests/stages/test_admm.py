@@ -13,8 +13,8 @@ import torch
 
 from prune_cli.config.locations import options
 from prune_cli.files.weights import read_state_dict
-from tests.test_faults import folder_of, sums
-from tests.test_processes import torchrun
+from tests.runs.test_faults import folder_of, sums
+from tests.runs.test_processes import torchrun
 
 NET = (
     "run", "recipe=quickstart", "model=resnet20", "model.depth=8", "model.widths=[4,8,8]", "threads=1", "device=cpu",

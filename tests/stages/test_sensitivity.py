@@ -22,7 +22,7 @@ from prune_cli.stages.sensitivity import Point, ratio_file, safe_ratio, zeroed
 from prune_cli.stages.sensitivity_plot import curves
 from prune_cli.structure.keep import removed
 from prune_cli.training.distributed import World
-from tests.test_processes import two_processes
+from tests.runs.test_processes import two_processes
 
 NET = (
     "recipe=quickstart", "train.epochs=2", "latency=false", "device=cpu", "stages=[train,sensitivity]",

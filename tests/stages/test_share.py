@@ -19,8 +19,8 @@ from prune_cli.compression import kmeans as clustering
 from prune_cli.compression.container import MAGIC
 from prune_cli.errors import CheckpointError
 from prune_cli.files.weights import read_state_dict
+from tests.compression.test_container import rewritten
 from tests.conftest import ROOT
-from tests.test_compressed import rewritten
 
 PLAIN = ("latency=false", "device=cpu", "threads=1", "deterministic=true")
 DIGITS = ("run", "recipe=lenet_digits_deep_compression", *PLAIN, "train.epochs=2", "schedule=one_shot")
