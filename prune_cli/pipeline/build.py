@@ -26,6 +26,7 @@ from prune_cli.console import Console
 from prune_cli.data.dataset import Dataset
 from prune_cli.errors import ConfigError
 from prune_cli.files.weights import load_weights
+from prune_cli.pipeline.code import code_behind
 from prune_cli.pipeline.loading import build_architecture
 from prune_cli.pipeline.state import State
 from prune_cli.pipeline.step import CHOICES, Pipeline, Step, prunes
@@ -58,7 +59,8 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
     root_key = key_of("", *parts, content_key(_without_place(config["dataset"])), config.get("limit_batches"))
     labels = {"seed": state.seed} | {group: choices.get(group) for group in ("recipe", "model", "dataset")}
     trained = bool(model.get("weights")) or bool(model.get("pretrained"))
-    return Pipeline(state, steps, root_key, labels, trained or prunes(steps[0]), trained)
+    code = code_behind([model, config["dataset"]])
+    return Pipeline(state, steps, root_key, labels, trained or prunes(steps[0]), trained, code)
 
 
 def resolve_steps(order: Sequence[str], config: Mapping[str, Any], choices: Mapping[str, str]) -> tuple[Step, ...]:
@@ -66,15 +68,17 @@ def resolve_steps(order: Sequence[str], config: Mapping[str, Any], choices: Mapp
 
     Args:
         order: names of stage nodes of the config; a name may repeat.
+        config: the stages' nodes, with those of the network and the data.
 
     Raises:
         ConfigError: an unknown key or an ill-typed value.
     """
     seen: Counter[str] = Counter()
+    origin = config["model"], config["dataset"]
     steps = []
     for stage in order:
         seen[stage] += 1
-        steps.append(_step(stage, seen[stage], config[stage], choices))
+        steps.append(_step(stage, seen[stage], config[stage], origin, choices))
     return tuple(steps)
 
 
@@ -117,11 +121,14 @@ def check_steps(steps: Sequence[Step], state: State) -> None:
         state = _check(step, state)
 
 
-def _step(stage: str, occurrence: int, node: Mapping[str, Any], choices: Mapping[str, str]) -> Step:
+def _step(
+    stage: str, occurrence: int, node: Mapping[str, Any], origin: Sequence[Any], choices: Mapping[str, str]
+) -> Step:
+    """A step from its node; `origin`: the nodes of the network and the data that it starts from."""
     run = resolve(node, stage, runtime=("state",))
     name = stage if occurrence == 1 else f"{stage}_{occurrence}"
     used = {group: choices.get(group) if group in node else None for group in CHOICES}
-    return Step(name, run, content_key(node), used)
+    return Step(name, run, content_key(node), used, code_behind([node, *origin]))
 
 
 def _check(step: Step, state: State) -> State:

@@ -76,7 +76,7 @@ def table(arguments: Sequence[str] = ()) -> list[Cell]:
             asked = {stage: config[stage] | {k: v for k, v in nodes.items() if k in config[stage]} for stage in stages}
             refusal = None
             try:
-                check_steps(resolve_steps(stages, asked, choices | picked), state)
+                check_steps(resolve_steps(stages, config | asked, choices | picked), state)
             except PruneError as error:
                 refusal = " ".join(str(error).split())
             cells.append(Cell(stages, picked, refusal))
