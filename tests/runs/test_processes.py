@@ -118,6 +118,7 @@ def two_processes(place: Path, module: str, function: str, body: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_two_processes_measure_what_one_does(tmp_path):
     two_processes(
         tmp_path,
@@ -144,6 +145,7 @@ def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9, abs=1e-14)
 
 
+@pytest.mark.thorough
 def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):
     whole = (*RUN, "criterion=taylor", "stages=[train,prune,finetune,share]", "share.epochs=2")
     process = torchrun(tmp_path, *whole)
@@ -161,6 +163,7 @@ def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):
     assert alone.stderr.count("taken from the store") == 4, alone.stderr
 
 
+@pytest.mark.thorough
 def test_criteria_that_read_norm_statistics_choose_the_same_masks_on_every_rank(tmp_path):
     network = ("model=resnet20", "model.depth=8", "model.widths=[4,8,8]", "limit_batches=3")
     process = torchrun(tmp_path, *RUN, *network, "criterion=taylor", "stages=[train,prune]", "prune.batch_size=32")
@@ -168,6 +171,7 @@ def test_criteria_that_read_norm_statistics_choose_the_same_masks_on_every_rank(
     assert process.returncode == 0, err
 
 
+@pytest.mark.thorough
 def test_a_killed_rank_is_restarted_and_resumes_from_the_store(tmp_path):
     process = torchrun(tmp_path, *RUN, "finetune.epochs=8", restarts=1, FAULT="finetune 80 SIGKILL 1")
     _, err = process.communicate(timeout=300)
@@ -191,6 +195,7 @@ def test_restarted_ranks_never_meet_the_dead_ones():
     assert len(set(starts)) == 3
 
 
+@pytest.mark.thorough
 def test_ranks_with_different_recipes_are_told(tmp_path):
     port = free_port()
     ranks = [rank(tmp_path, 0, port, *RUN), rank(tmp_path, 1, port, *RUN, "seed=5")]
@@ -256,6 +261,7 @@ def learned(world: World, method: str) -> dict[str, list]:
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["skeleton", "sr_ste"])
 def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
     out = two_processes(
@@ -275,6 +281,7 @@ def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
     assert 0 < sum(kept) < len(kept)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("arguments", [SKELETON, SR_STE], ids=["skeleton", "sr_ste"])
 def test_learned_masks_in_two_processes_are_found_by_one(tmp_path, arguments):
     arguments = (*arguments, "device=cpu", "latency=false", "threads=1")

@@ -64,9 +64,13 @@ def short(prune, monkeypatch):
     return call
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in options("recipe")]
-)
+def marked(name: str) -> object:
+    """Recipes on real images of the smallest kind run for every commit, those of ImageNet size only with all tests."""
+    marks = pytest.mark.slow if name in LARGE else () if "digits" in name else pytest.mark.thorough
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", map(marked, options("recipe")))
 def test_recipe_runs(short, name):
     result = short(f"recipe={name}")
     assert result.code == 0, result.err
@@ -75,6 +79,7 @@ def test_recipe_runs(short, name):
     assert (rows.params_nonzero.iloc[-1] < rows.params_nonzero.iloc[0]) or rows.params.iloc[-1] < rows.params.iloc[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(LARGE))
 def test_a_large_recipe_is_built_and_checked(prune, name):
     """As a run does before it trains: data, network, every layer that is asked for, every stage."""
@@ -93,6 +98,7 @@ def test_recipe_header_says_what_it_reproduces(name, path):
     assert re.search(rf"^# command: prune run recipe={name}", text, re.M)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", options("dataset"))
 def test_every_dataset_trains_a_network_without_its_files(short, name):
     result = short("recipe=quickstart", f"dataset={name}", "stages=[train]")
@@ -119,11 +125,13 @@ def pruned(short, *arguments: str) -> None:
     assert row.ratio_prunable == pytest.approx(row.ratio_requested, abs=0.03)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("schedule", "granularity"), [(s, g) for s, criterion, g in LEGAL if criterion == "l1"])
 def test_every_schedule_with_every_granularity(short, schedule, granularity):
     pruned(short, f"schedule={schedule}", f"granularity={granularity}")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", options("criterion"))
 def test_every_criterion(short, name):
     """With the first granularity that is legal for it; one that needs another schedule says so in its file."""

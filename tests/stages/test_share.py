@@ -48,6 +48,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_state_dict(folder / "weights.safetensors")
 
 
+@pytest.mark.thorough
 def test_few_values_the_same_zeros_and_trained_centroids(shared):
     before, after = weights(shared / "prune"), weights(shared / "share")
     for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
@@ -187,7 +188,7 @@ def test_damaged_files_are_refused_in_one_line_by_every_reader(shared, prune, wo
             load_pruned("x")
 
 
-@pytest.mark.parametrize("stop_after", [1, 30])
+@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.thorough), 30])
 def test_stopping_and_going_on_gives_the_same_bits(prune, monkeypatch, stop_after):
     from prune_cli.training import fit as loop
 
