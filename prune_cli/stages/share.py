@@ -17,7 +17,7 @@ from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Optio
 from prune_cli.granularities import targets
 from prune_cli.granularities.targets import Which
 from prune_cli.pruned import Record
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.state import Outcome, State
 from prune_cli.stripe_conv import StripeConv2d
 from prune_cli.surgery import Lineage
@@ -77,7 +77,7 @@ def share(
     empty = {name: torch.zeros((), dtype=torch.bool) for name in bits if name not in shared}
     progress = learning.learn(
         state,
-        learning.objective(state, distillation, label_smoothing),
+        teaching.objective(state, distillation, label_smoothing),
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -167,7 +167,7 @@ def check(
         ConfigError: says which key to change.
     """
     learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
+    teaching.check(state, distillation)
     bits = widths(state.model, conv, linear, rules, state.stage)
     if not bits:
         raise ConfigError(f"{state.stage}: no layer is left to share weights in; exclude fewer in {state.stage}.rules")
