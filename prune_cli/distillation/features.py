@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prune_cli.distillation.distillation import Features, Outputs
 from prune_cli.errors import ConfigError, nearest
+from prune_cli.structure.modes import evaluating
 
 
 class Taps:
@@ -127,13 +128,8 @@ def _require(model: nn.Module, names: Iterable[str], images: Tensor, whose: str)
 
 def looked_at(model: nn.Module, names: Iterable[str], images: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Logits and features of images in evaluation, the network left as it was."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad(), Taps(model.eval(), names) as taps:
-            return taps(model, images)
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with evaluating(model), torch.no_grad(), Taps(model, names) as taps:
+        return taps(model, images)
 
 
 def stage_ends(model: nn.Module, images: Tensor) -> list[str]:

@@ -31,7 +31,7 @@ def hinton(
     """alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T)) + (1 - alpha) CE(z_s, y); Hinton et al., arXiv:1503.02531.
 
     Args:
-        temperature: T > 0; 1 compares the plain probabilities.
+        temperature: t > 0; 1 compares the plain probabilities.
         alpha: weight of the teacher in [0, 1]; 0 is plain cross entropy.
     """
     return Weighted(functools.partial(soft_targets, temperature=temperature), weight=alpha, ce_weight=1 - alpha)

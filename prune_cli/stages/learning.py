@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli import fit as loop
 from prune_cli.errors import ConfigError, Interrupted
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options, Progress
 from prune_cli.masks import Masks
-from prune_cli.measure import accuracy
-from prune_cli.state import Outcome, State
+from prune_cli.measure.accuracy import accuracy
+from prune_cli.pipeline.state import Outcome, State
+from prune_cli.training import fit as loop
+from prune_cli.training.fit import LrSchedule, OptimizerFactory, Options, Progress
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _accuracy(state: State, model: nn.Module, split: str) -> float:
 def _same_buffers(state: State, model: nn.Module) -> None:
     """Rank 0's norm statistics on every rank, where each has those of its own shards: what is measured must agree."""
     if state.world.size > 1:
-        shared = state.world.share_tensors(dict(model.named_buffers()) if state.world.main else None)
+        shared = state.world.broadcast_tensors(dict(model.named_buffers()) if state.world.main else None)
         for name, buffer in shared.items():
             model.get_buffer(name).copy_(buffer)
 
@@ -162,7 +162,7 @@ def resumed(state: State, optimizer: OptimizerFactory) -> Progress | None:
     found = state.unfinished()
     if not found:
         return None
-    progress = loop.restore(state.model, optimizer, *found)
+    progress = loop.restore_progress(state.model, optimizer, *found)
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
     return progress
 

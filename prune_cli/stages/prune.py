@@ -9,22 +9,26 @@ from typing import Any
 
 from torch import Tensor
 
-from prune_cli import admm, artifacts, shrinking
-from prune_cli import fit as loop
 from prune_cli import masks as masking
-from prune_cli.criteria import requirements
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.criteria.movement import Movement, moved
 from prune_cli.criteria.statistics import Calibration, Statistics, collect
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import BatchSize, LrSchedule, OptimizerFactory, Options, Progress, Smoothing
-from prune_cli.granularities.granularity import Constraint, Coupled, Granularity, Selection, select
-from prune_cli.granularities.storage import Form
-from prune_cli.processes import same_masks
+from prune_cli.files import artifacts
+from prune_cli.granularities.units import Constraint, Coupled
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.state import Outcome, State
 from prune_cli.schedules.requests import Done, Mask, Memo, Request, Split, Train
+from prune_cli.selection import requirements
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import Selection, select
 from prune_cli.stages import learning, teaching
-from prune_cli.state import Outcome, State
+from prune_cli.training import admm
+from prune_cli.training import fit as loop
+from prune_cli.training.distributed import same_masks
+from prune_cli.training.fit import BatchSize, LrSchedule, OptimizerFactory, Options, Progress, Smoothing
+from prune_cli.training.movement import Movement, moved
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ class _Course:
 
     memo: Memo | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
-    forms: dict[str, Form] = field(default_factory=dict)
+    forms: dict[str, MaskFormat] = field(default_factory=dict)
     progress: Progress | None = None
     facts: dict[str, float] = field(default_factory=dict)
     splits: dict[str, admm.Split] = field(default_factory=dict)
@@ -100,7 +104,7 @@ def prune(
 
     Args:
         batch_size: images per step of the training that a schedule asks for.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
         calibration: images for criteria that need them.
     """
     whole, constraints = granularity.split(state.model)  # of the network as it came, also when going on
@@ -367,10 +371,10 @@ def _resumed(state: State, optimizer: OptimizerFactory) -> _Course:
     def placed(prefix: str) -> dict[str, Tensor]:
         return {name: value.to(state.device) for name, value in named(prefix).items()}
 
-    progress = loop.restore(state.model, optimizer, named(FIT), numbers["fit"])
+    progress = loop.restore_progress(state.model, optimizer, named(FIT), numbers["fit"])
     splits = {name: admm.Split(placed(f"{Z}{name}/"), placed(f"{U}{name}/")) for name in numbers["splits"]}
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
-    forms = {name: Form(**form) for name, form in numbers["forms"].items()}
+    forms = {name: MaskFormat(**form) for name, form in numbers["forms"].items()}
     return _Course(
         numbers["memo"],
         placed(MASKS),

@@ -10,10 +10,10 @@ from torch import nn
 from prune_cli.distillation.distillation import Distillation, Term
 from prune_cli.distillation.objective import Objective, Taught, prepared
 from prune_cli.errors import ConfigError, PruneError
-from prune_cli.fit import Loss
-from prune_cli.loading import load_teacher
+from prune_cli.pipeline.loading import load_teacher
+from prune_cli.pipeline.state import State, derive_seed
 from prune_cli.stages import learning
-from prune_cli.state import State, derive_seed
+from prune_cli.training.fit import Loss
 
 
 def check(state: State, distillation: Distillation) -> None:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli import fit as loop
 from prune_cli.distillation.attention_transfer import attention_transfer
 from prune_cli.distillation.distillation import Distillation, Outputs, Term
 from prune_cli.distillation.fitnet import FitNet
 from prune_cli.distillation.losses import hinton
 from prune_cli.distillation.objective import Objective, prepared
 from prune_cli.errors import ConfigError
-from prune_cli.fit import Options, fit
-from prune_cli.lr_schedules import cosine
+from prune_cli.training import fit as loop
+from prune_cli.training.fit import Options, fit
+from prune_cli.training.lr_schedules import cosine
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 ADAM = functools.partial(torch.optim.AdamW, lr=0.01)
@@ -136,7 +136,7 @@ def test_training_with_regressors_stops_anywhere_and_goes_on_with_the_same_bits(
     )
     assert not progress.done
     fresh = network(4, seed=9)
-    progress = loop.restore(fresh, factory, saved["tensors"], saved["numbers"])
+    progress = loop.restore_progress(fresh, factory, saved["tensors"], saved["numbers"])
     again = progress.tensors(fresh)
     assert again.keys() == saved["tensors"].keys(), "what is restored can be written again before it trains on"
     assert all(torch.equal(again[name], value) for name, value in saved["tensors"].items())
