@@ -151,7 +151,7 @@ def two_processes(place: Path, function: str, body: str) -> str:
     script = place / "child.py"
     script.write_text(
         f"import json, torch\nfrom tests.test_processes import {function}\n"
-        f"from prune_cli.processes import joined, leave\nwith joined(torch.device('cpu')) as world:\n{body}leave()\n"
+        f"from prune_cli.training.distributed import joined, leave\nwith joined(torch.device('cpu')) as world:\n{body}leave()\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
@@ -202,7 +202,7 @@ def test_two_gloo_processes_learn_from_a_teacher_as_one_does(tmp_path):
 def test_a_distilled_recipe_in_two_processes(tmp_path):
     process = torchrun(
         tmp_path, *RUN, "distillation=fitnet", "granularity=filter", "+distillation@distillation.terms.soft=hinton",
-        "schedule=one_shot", "limit_batches=3",
+        "limit_batches=3",
     )  # fmt: skip
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
