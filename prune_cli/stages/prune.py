@@ -23,7 +23,7 @@ from prune_cli.schedules.requests import Done, Mask, Memo, Request, Split, Train
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import Selection, select
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.training import admm
 from prune_cli.training import fit as loop
 from prune_cli.training.distributed import same_masks
@@ -125,7 +125,7 @@ def prune(
         elif isinstance(request, Train):
             if request.enforce and course.masks:
                 course.masks = _completed(state, granularity, course.masks)
-            loss = loss or learning.objective(state, distillation, label_smoothing)
+            loss = loss or teaching.objective(state, distillation, label_smoothing)
             moving = list(granularity.ratios(state.model)) if "movement" in criterion.needs else []
             _train(state, course, request, loss, moving, batch_size, optimizer, lr_schedule, fit)
         course.memo = memo
@@ -169,7 +169,7 @@ def check(
         ConfigError: says why and what would be legal.
     """
     learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
+    teaching.check(state, distillation)
     if fit.select_on != "last":
         raise ConfigError(
             f"{state.stage}.fit.select_on={fit.select_on}: masks change during pruning, so only the last epoch has "
