@@ -21,7 +21,7 @@ from prune_cli.pipeline import results, shrinking
 from prune_cli.pipeline.build import log
 from prune_cli.pipeline.loading import restore
 from prune_cli.pipeline.state import Outcome, State, derive_seed
-from prune_cli.pipeline.step import CHOICES, INITIAL, Pipeline, Step, _prunes, _reads_weights
+from prune_cli.pipeline.step import CHOICES, INITIAL, Pipeline, Step
 from prune_cli.pipeline.store import Store, key_of
 from prune_cli.structure.lineage import Lineage
 from prune_cli.tensors import state_sha256
@@ -45,7 +45,7 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
     for step in steps:
         if state.world.any(state.interrupted()):
             raise Interrupted(f"stopped before {step.name}; the same command goes on there")
-        if _prunes(step) and state.dense is None:
+        if step.stage.removes and state.dense is None:
             state = state.evolve(dense=store.root / key)
         key = key_of(key, step.name, step.content)
         saved, state = _reuse_or_compute(step, state, key, store, latency)
@@ -91,7 +91,7 @@ def _reuse_or_compute(step: Step, state: State, key: str, store: Store, latency:
         log.info("%s: starting (%s)", step.name, key)
         began = time.monotonic()
         torch.manual_seed(derive_seed(state.seed, step.name, *([world.rank] if world.rank else [])))
-        before = shrinking.expanded(state) if _reads_weights(step) else state
+        before = shrinking.expanded(state) if step.stage.reads_weights else state
         after = step.run(before.evolve(stage=step.name, slot=store.slot(key), outcome=Outcome()))
         seconds = time.monotonic() - began
         if world.main:

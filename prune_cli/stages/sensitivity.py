@@ -31,6 +31,7 @@ from prune_cli.selection.targets import Rule
 from prune_cli.stages import learning
 from prune_cli.stages.prune import statistics_of
 from prune_cli.stages.sensitivity_plot import curves
+from prune_cli.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,35 @@ class Candidate:
     masks: Mapping[str, Tensor]
 
 
+def check(
+    state: State,
+    *,
+    criterion: Criterion,
+    granularity: Granularity,
+    compare: Mapping[str, Criterion],
+    ratios: Grid,
+    split: str,
+    plot: bool,
+) -> None:
+    """Refuses criteria that the units cannot use, a split that is not there and a plot that cannot be drawn.
+
+    Raises:
+        ConfigError: says why and what would be legal.
+    """
+    if not state.data.sizes.get(split):
+        raise ConfigError(
+            f"{state.stage}.split={split}, but dataset.val=0 leaves no such images; set dataset.val to a fraction, or "
+            f"{state.stage}.split=test"
+        )
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"{state.stage}.plot=true needs matplotlib: pip install 'prune-cli[plot]', or plot=false")
+    for one in _named(criterion, compare).values():
+        request = _everywhere(granularity, state.model, min(ratios))
+        request.check(state.model, one)
+        requirements.check(one, request, state.model, state.data, state.example_inputs())
+
+
+@Stage(check=check, reads_weights=True)
 def sensitivity(
     state: State,
     *,
@@ -127,34 +157,6 @@ def sensitivity(
     if plot:
         files[PLOT] = curves(points, f"{state.architecture.name}, {state.data.name} {split}")
     return state.evolve(outcome=Outcome(files=files))
-
-
-def check(
-    state: State,
-    *,
-    criterion: Criterion,
-    granularity: Granularity,
-    compare: Mapping[str, Criterion],
-    ratios: Grid,
-    split: str,
-    plot: bool,
-) -> None:
-    """Refuses criteria that the units cannot use, a split that is not there and a plot that cannot be drawn.
-
-    Raises:
-        ConfigError: says why and what would be legal.
-    """
-    if not state.data.sizes.get(split):
-        raise ConfigError(
-            f"{state.stage}.split={split}, but dataset.val=0 leaves no such images; set dataset.val to a fraction, or "
-            f"{state.stage}.split=test"
-        )
-    if plot and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"{state.stage}.plot=true needs matplotlib: pip install 'prune-cli[plot]', or plot=false")
-    for one in _named(criterion, compare).values():
-        request = _everywhere(granularity, state.model, min(ratios))
-        request.check(state.model, one)
-        requirements.check(one, request, state.model, state.data, state.example_inputs())
 
 
 def _named(criterion: Criterion, compare: Mapping[str, Criterion]) -> dict[str, Criterion]:
