@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 HELP = """usage: prune show recipe=NAME [key=value ...] [--estimate]
 
-Prints the composed config, the stages in order, the data's counts and the network's params and MACs, after all
+Prints the composed config with a comment per key, the stages in order, the data's counts and the network's params and MACs, after all
 checks that `prune run` makes before training. --estimate adds steps, disk and time, from one timed batch per stage.
 """
 
@@ -30,14 +30,13 @@ def main(arguments: list[str]) -> int:
     require_recipe(overrides)
     composed = compose(overrides)
 
-    import yaml
-
+    from prune_cli.config.option_files import commented
     from prune_cli.console import Console, count
     from prune_cli.measure import cost as measure
     from prune_cli.pipeline import build
     from prune_cli.pipeline.store import Store, default_root
 
-    sys.stdout.write(yaml.safe_dump(composed.config, sort_keys=False) + "\n")
+    sys.stdout.write(commented(composed.config, composed.choices) + "\n")
     store = Store(default_root())
     built = build.build(composed.config, composed.choices, Console(), store)
     state = built.state

@@ -107,7 +107,7 @@ def validate(value: Any, path: str, annotation: Any) -> Any:
         ):
             names = [field.name for field in dataclasses.fields(dataclass)]
             hint = nearest(str(first["loc"][-1]), names)
-        if first["type"] == "callable_type" and (group := where.rpartition(".")[2]) in GROUPS:
+        if first["type"] in ("callable_type", "dataclass_type") and (group := where.rpartition(".")[2]) in GROUPS:
             raise ConfigError(f"{where}: choose an option of the group {group} by {group}@{where}={found}") from error
         message = f"{first['msg'][0].lower()}{first['msg'][1:]}".replace("a valid tuple", "a list")
         raise ConfigError(f"{where}: {message}, got {found!r}{hint}") from error
