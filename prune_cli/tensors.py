@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...] | None:
+def memory_of(tensor: Tensor) -> tuple[Any, ...] | None:
     """What two names of one tensor share; None for tensors without memory, which share nothing."""
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return None
@@ -30,7 +30,7 @@ def distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in sorted(state):
         tensor = state[name].detach()
-        identity = _identity(tensor)
+        identity = memory_of(tensor)
         if identity is None or identity not in seen:
             found[name] = tensor
         if identity is not None:

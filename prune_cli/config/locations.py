@@ -13,7 +13,7 @@ GROUPS = (
 
 def shipped() -> Path:
     """The folder of the recipes that come with the package: inside a wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parent.parent
     inside = package / "recipes"
     return inside if (inside / "config.yaml").is_file() else package.parent / "recipes"
 

@@ -27,12 +27,13 @@ def files(name: str) -> list[Path]:
     """
     import yaml
 
-    path = next((found for folder in (shipped(), *searchpath()) if (found := folder / f"{name}.yaml").is_file()), None)
+    places = [folder / f"{name}.yaml" for folder in (shipped(), *searchpath())]
+    path = next((place for place in places if place.is_file()), None)
     if path is None:
         return []
     content = yaml.safe_load(path.read_text())
     defaults = content.get("defaults", []) if isinstance(content, dict) else []
-    found = []
+    found: list[Path] = []
     for entry in defaults:
         other, _, package = str(entry).partition("@")
         if isinstance(entry, str) and other != "_self_" and package in ("", "_here_"):

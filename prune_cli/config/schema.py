@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from prune_cli.config.nodes import validate
 from prune_cli.errors import ConfigError, nearest
 
 
@@ -35,8 +36,6 @@ def check_root(config: dict[str, Any]) -> list[str]:
     Raises:
         ConfigError: a key that is neither of the schema nor a stage, an ill-typed value, an unknown stage.
     """
-    from prune_cli.config.nodes import validate
-
     known = {field.name for field in fields(Root)}
     nodes = {key for key, value in config.items() if isinstance(value, dict) and "_target_" in value} - known
     for key in config:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.errors import CheckpointError
-from prune_cli.tensors import _identity
+from prune_cli.tensors import memory_of
 
 log = logging.getLogger(__name__)
 # counts the batches of a norm; older checkpoints lack it and inference does not need it
@@ -48,13 +48,13 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     wrong = [name for name in own if name in given and not _fits(own[name], given[name])]
     problems = []
     if missing:
-        problems.append(f"missing {len(missing)}: " + _listed([_sized(name, own[name]) for name in missing]))
+        problems.append(f"missing {len(missing)}: " + listed([_sized(name, own[name]) for name in missing]))
     if unexpected:
         texts = [_sized(name, given[name]) for name in unexpected]
-        problems.append(f"unexpected {len(unexpected)}: " + _listed(texts))
+        problems.append(f"unexpected {len(unexpected)}: " + listed(texts))
     if wrong:
         texts = [f"{_sized(name, given[name])} should be {_described(own[name])}" for name in wrong]
-        problems.append(f"wrong size {len(wrong)}: " + _listed(texts))
+        problems.append(f"wrong size {len(wrong)}: " + listed(texts))
     if problems:
         raise CheckpointError(f"weights {source} do not fit {type(model).__name__}; " + "; ".join(problems))
     with torch.no_grad():
@@ -76,7 +76,7 @@ def _sized(name: str, tensor: Tensor) -> str:
     return f"{name} {_described(tensor)}"
 
 
-def _listed(texts: list[str]) -> str:
+def listed(texts: list[str]) -> str:
     more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
     return ", ".join(texts[:_SHOWN]) + more
 
@@ -85,11 +85,11 @@ def _with_ties(own: Mapping[str, Tensor], given: dict[str, Tensor]) -> dict[str,
     """Adds the other names of tensors that the network ties and the file holds once."""
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in own.items():
-        identity = _identity(tensor)
+        identity = memory_of(tensor)
         if name in given and identity is not None:
             first.setdefault(identity, name)
     for name, tensor in own.items():
-        identity = _identity(tensor)
+        identity = memory_of(tensor)
         if name not in given and identity in first:
             given[name] = given[first[identity]]
     return given

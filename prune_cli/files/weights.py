@@ -7,6 +7,7 @@ tensors only; what else belongs to a checkpoint is written beside it.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import warnings
@@ -20,9 +21,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from prune_cli.compression.container import read_compressed
 from prune_cli.errors import CheckpointError, StorageError
-from prune_cli.files.fitting import _listed, fit_weights, log
+from prune_cli.files.fitting import fit_weights, listed
 from prune_cli.tensors import distinct
+
+log = logging.getLogger(__name__)
 
 # where training scripts put the weights in their checkpoints, and what wrappers prepend to the names
 _NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net")
@@ -50,8 +54,6 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not head:
         raise CheckpointError(f"weights {file} are empty: the file has 0 bytes")
     if head.startswith(b"PRUNEDC1"):
-        from prune_cli.compression.container import read_compressed  # which needs this file
-
         return read_compressed(file)
     if head[8:9] == b"{" and not head.startswith(b"PK"):
         return _unwrapped(_read_safetensors(file))
@@ -128,7 +130,7 @@ def _state_in(content: Any, file: Path) -> dict[str, Tensor]:
         if tensors:
             return tensors
     keys = list(map(str, content)) if isinstance(content, Mapping) else []
-    found = f"keys {_listed(keys)}" if keys else type(content).__name__
+    found = f"keys {listed(keys)}" if keys else type(content).__name__
     raise CheckpointError(
         f"weights {file} hold no state_dict of tensors, neither at the top nor under "
         f"{', '.join(_NESTED_UNDER)}: {found}"

@@ -22,12 +22,12 @@ from prune_cli.console import Console
 from prune_cli.data.dataset import Dataset
 from prune_cli.errors import ConfigError
 from prune_cli.files.weights import load_weights
+from prune_cli.pipeline.checks import check_stage
 from prune_cli.pipeline.loading import build_architecture
+from prune_cli.pipeline.stage import declaration
 from prune_cli.pipeline.state import State
 from prune_cli.pipeline.step import CHOICES, Pipeline, Step
 from prune_cli.pipeline.store import Store, key_of
-from prune_cli.stages.checks import check_stage
-from prune_cli.stages.stage import declaration
 from prune_cli.tensors import state_sha256
 from prune_cli.training.distributed import local_device
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -18,13 +19,14 @@ from prune_cli.files import artifacts, pruned
 from prune_cli.files.artifacts import Row
 from prune_cli.files.weights import write_weights
 from prune_cli.pipeline import results, shrinking
-from prune_cli.pipeline.build import log
 from prune_cli.pipeline.loading import restore
 from prune_cli.pipeline.state import Outcome, State, derive_seed
 from prune_cli.pipeline.step import CHOICES, INITIAL, Pipeline, Step
 from prune_cli.pipeline.store import Store, key_of
 from prune_cli.structure.lineage import Lineage
 from prune_cli.tensors import state_sha256
+
+log = logging.getLogger(__name__)
 
 
 def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> list[Row]:

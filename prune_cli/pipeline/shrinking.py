@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ from prune_cli import masks as masking
 from prune_cli.layers import replacing
 from prune_cli.pipeline.state import State
 from prune_cli.structure.lineage import Lineage
-from prune_cli.structure.verified import Shrinks, log, shrink
+from prune_cli.structure.verified import Shrinks, shrink
+
+log = logging.getLogger(__name__)
 
 CHECKED = 4  # images on which the shrunk network must agree with the masked one
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prune_cli.pipeline.stage import Parameters, Stage, training_of
 from prune_cli.pipeline.state import State
-from prune_cli.stages.stage import Parameters, Stage, training_of
 from prune_cli.training.distributed import World
 from prune_cli.training.training import Training
 

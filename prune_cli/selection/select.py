@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,13 +18,15 @@ from prune_cli.errors import ConfigError
 from prune_cli.granularities.units import Context, Group
 from prune_cli.masks import Masks
 from prune_cli.selection import budget as budgets
-from prune_cli.selection.granularity import Granularity, log
+from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import Ranking, even, rank
 from prune_cli.selection.ranking import normalized as normalized
 from prune_cli.structure import slicing
 from prune_cli.structure.keep import spared
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.prunable import output_axis, weight_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from prune_cli.errors import ConfigError
 from prune_cli.files import artifacts
 from prune_cli.granularities.n_m import NM
 from prune_cli.permutation import network
+from prune_cli.pipeline.stage import Stage
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection.granularity import Granularity
-from prune_cli.stages.stage import Stage
 from prune_cli.structure.follow import analyse
 
 TABLE = "permutation.csv"

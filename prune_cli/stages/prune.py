@@ -19,6 +19,7 @@ from prune_cli.files import artifacts
 from prune_cli.granularities.units import Constraint, Coupled
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.stage import Parameters, Stage
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.schedules.requests import Done, Mask, Memo, Split, Train
 from prune_cli.schedules.schedule import Schedule, most_epochs
@@ -26,7 +27,6 @@ from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import Selection, select
 from prune_cli.stages import learning
-from prune_cli.stages.stage import Parameters, Stage
 from prune_cli.training import admm
 from prune_cli.training import fit as loop
 from prune_cli.training.distributed import same_masks

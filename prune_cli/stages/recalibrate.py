@@ -7,9 +7,9 @@ from typing import Annotated
 from pydantic import Field
 
 from prune_cli.errors import ConfigError
+from prune_cli.pipeline.stage import Stage
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.regularisers.norm_scales import BATCH_NORMS
-from prune_cli.stages.stage import Stage
 from prune_cli.training.batch_norm import recalibrate_bn
 from prune_cli.training.fit import BatchSize
 

@@ -22,6 +22,7 @@ from prune_cli.errors import ConfigError, Interrupted
 from prune_cli.files import artifacts
 from prune_cli.granularities.units import Context, Group, Units
 from prune_cli.measure import accuracy
+from prune_cli.pipeline.stage import Stage
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
@@ -30,8 +31,7 @@ from prune_cli.selection.select import select
 from prune_cli.selection.targets import Rule
 from prune_cli.stages import learning
 from prune_cli.stages.prune import statistics_of
-from prune_cli.stages.sensitivity_plot import curves
-from prune_cli.stages.stage import Stage
+from prune_cli.stages.sensitivity_plot import Point, curves
 
 log = logging.getLogger(__name__)
 
@@ -39,27 +39,6 @@ Grid = Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
 
 TABLE = "sensitivity.csv"
 PLOT = "sensitivity.svg"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A line of sensitivity.csv.
-
-    Attributes:
-        layer: the group of units that was pruned alone: a parameter, or the first layer of a coupled set.
-        criterion: what chose its units.
-        ratio: fraction removed, as asked; 0 is the network as it came.
-        ratio_realised: fraction removed of the layer's units.
-        acc1: percent of the split.
-        loss: mean cross entropy on the split.
-    """
-
-    layer: str
-    criterion: str
-    ratio: float
-    ratio_realised: float
-    acc1: float
-    loss: float
 
 
 @dataclass(frozen=True)

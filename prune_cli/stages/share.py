@@ -20,11 +20,11 @@ from prune_cli.files import artifacts, pruned
 from prune_cli.files.pruned import Record
 from prune_cli.layers.stripe_conv import StripeConv2d
 from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection import targets
 from prune_cli.selection.targets import LayerSelector
 from prune_cli.stages import learning
-from prune_cli.stages.stage import Stage, own_epochs
 from prune_cli.structure import prunable
 from prune_cli.structure.lineage import Lineage
 from prune_cli.training import weight_sharing

@@ -18,11 +18,11 @@ from prune_cli.errors import ConfigError
 from prune_cli.granularities.stripe import Stripe
 from prune_cli.granularities.units import Context
 from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import smallest
 from prune_cli.stages import learning
-from prune_cli.stages.stage import Stage, own_epochs
 from prune_cli.training import filter_skeleton as method
 from prune_cli.training.fit import Epochs
 from prune_cli.training.training import Training

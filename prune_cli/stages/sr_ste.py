@@ -9,10 +9,10 @@ from prune_cli.config.nodes import Flat
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.granularities.n_m import NM
+from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection.granularity import Granularity
 from prune_cli.stages import learning
-from prune_cli.stages.stage import Stage, own_epochs
 from prune_cli.training import sr_ste as method
 from prune_cli.training.fit import Epochs
 from prune_cli.training.training import Training

@@ -26,7 +26,7 @@ from prune_cli.structure.plan import AxisOf, Family, Plan, Tally
 log = logging.getLogger(__name__)
 
 
-def _label(model: nn.Module, example: Example, fallbacks: Fallbacks, refused: tuple[str, ...]) -> Plan:
+def labelled(model: nn.Module, example: Example, fallbacks: Fallbacks, refused: tuple[str, ...]) -> Plan:
     constraints = Constraints()
     modules = walk(model)
     traces: list[Trace] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +11,13 @@ import numpy as np
 from torch import nn
 
 from prune_cli.errors import SurgeryError
-from prune_cli.structure import attention
-from prune_cli.structure.analysis import _label, log
+from prune_cli.structure import attention, checker, slicing
+from prune_cli.structure.analysis import labelled
 from prune_cli.structure.interpreter import FROZEN_LEVEL, Example, Fallbacks, Refused, Trace
 from prune_cli.structure.keep import spared
 from prune_cli.structure.plan import Plan
+
+log = logging.getLogger(__name__)
 
 # Operators whose rule knows more than one answer; any other is frozen when the small network did not follow it.
 LEVELLED = {
@@ -57,7 +60,7 @@ def analyse(model: nn.Module, example_inputs: Example) -> Plan:
     Raises:
         SurgeryError: the model does not run on the example inputs.
     """
-    plan = _label(model, example_inputs, Fallbacks(), ())
+    plan = labelled(model, example_inputs, Fallbacks(), ())
     if not any(trace.literal for trace in plan.traces):
         return plan
     return follow(model, plan, _trial)[0]
@@ -79,8 +82,6 @@ def follow(
     Raises:
         SurgeryError: the model can't be copied.
     """
-    from prune_cli.structure import checker, slicing  # the trial needs surgery, surgery needs Plan
-
     for _ in range(400):
         keep = choose(plan)
         try:
@@ -93,8 +94,6 @@ def follow(
 
 def _other_guess(model: nn.Module, plan: Plan, keep: np.ndarray, error: Refused) -> Plan | None:
     """The plan with another guess of the failing module's attributes, if that leads further."""
-    from prune_cli.structure import checker, slicing
-
     if plan.fallbacks.guesses.get(error.layer):
         return None
     code = {step.layer: step.code for step in plan.traces[error.trace].steps}
@@ -128,11 +127,11 @@ def _stricter(model: nn.Module, plan: Plan, error: Refused) -> Plan:
         and attention.query_projection(module)
     ):
         fallbacks = replace(fallbacks, tied=fallbacks.tied | {code})
-        return _label(model, plan.example, fallbacks, plan.refused)
+        return labelled(model, plan.example, fallbacks, plan.refused)
     levels = dict(fallbacks.levels)
     _raise_level(plan, levels, error)
     refused = (*plan.refused, f"{error}: its channels are kept")
-    return _label(model, plan.example, replace(fallbacks, levels=levels), tuple(dict.fromkeys(refused)))
+    return labelled(model, plan.example, replace(fallbacks, levels=levels), tuple(dict.fromkeys(refused)))
 
 
 def _raise_level(plan: Plan, levels: dict[tuple[bool, int], int], error: Refused) -> None:

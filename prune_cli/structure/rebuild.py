@@ -13,10 +13,10 @@ from prune_cli.layers import replacing
 from prune_cli.structure import attributes as widths
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.modules import named_tensors
-from prune_cli.structure.slicing import _copy, _slice, channels_view
+from prune_cli.structure.slicing import channels_view, copy_with, sliced
 
 
-def _rescale(model: nn.Module, scales: Mapping[str, tuple[float, ...]]) -> None:
+def rescale(model: nn.Module, scales: Mapping[str, tuple[float, ...]]) -> None:
     if not scales:
         return
     named = named_tensors(model)
@@ -60,11 +60,11 @@ def rebuild(dense: nn.Module, lineage: Lineage) -> nn.Module:
             if not hasattr(modules[name], key):
                 raise SurgeryError(f"module {name!r} has no attribute {key!r}{nearest(key, vars(modules[name]))}")
     with torch.no_grad():
-        small = _copy(dense, _slice, lineage.kept)
+        small = copy_with(dense, sliced, lineage.kept)
     widths.apply(small, {n: dict(values) for n, values in lineage.attributes.items()})
     for name, factors in lineage.scales.items():
         if name not in named or len(factors) != named_tensors(small)[name].shape[0]:
             raise SurgeryError(f"scales of {name!r} do not fit the network")
-    _rescale(small, lineage.scales)
+    rescale(small, lineage.scales)
     replacing.place(small, lineage.stripes)
     return small

@@ -74,7 +74,7 @@ PLAIN = frozenset({int, float, bool, str, type(None)})
 NO_AXES: Mapping[int, Any] = {}
 
 
-def _copy(
+def copy_with(
     model: nn.Module,
     make: Callable[[Tensor, Mapping[int, Any]], Tensor],
     kept: Mapping[str, Mapping[int, Any]],
@@ -98,7 +98,7 @@ def _copy(
 def duplicate(model: nn.Module) -> nn.Module:
     """`copy.deepcopy` of a network, also where that refuses computed tensors (old-style weight_norm)."""
     with torch.no_grad():
-        return _copy(model, _slice, {})
+        return copy_with(model, sliced, {})
 
 
 def _clone(module: nn.Module, memo: dict[int, Any], ordinary: dict[type, bool]) -> Any:
@@ -157,7 +157,7 @@ def _restores(kind: type) -> bool:
     return issubclass(kind, nn.RNNBase) or not ours
 
 
-def _slice(tensor: Tensor, axes: Mapping[int, Any]) -> Tensor:
+def sliced(tensor: Tensor, axes: Mapping[int, Any]) -> Tensor:
     value = tensor.detach()
     for axis, indices in axes.items():
         here = torch.from_numpy(indices) if isinstance(indices, np.ndarray) else torch.as_tensor(indices)
@@ -176,7 +176,7 @@ def _hollow(tensor: Tensor, axes: Mapping[int, Any]) -> Tensor:
 
 def hollow(model: nn.Module, plan: Plan, keep: np.ndarray) -> nn.Module:
     """The small network without its weights: every changed tensor is zeros."""
-    small = _copy(model, _hollow, kept_indices(plan, keep))
+    small = copy_with(model, _hollow, kept_indices(plan, keep))
     widths.apply(small, _attributes(model, small, plan, keep))
     return small
 
@@ -187,11 +187,11 @@ def _attributes(model: nn.Module, small: nn.Module, plan: Plan, keep: np.ndarray
 
 def same_attributes(model: nn.Module, plan: Plan, other: Plan, keep: np.ndarray) -> bool:
     """Whether two plans that differ in their guesses set the same attributes."""
-    small = _copy(model, _hollow, kept_indices(plan, keep))
+    small = copy_with(model, _hollow, kept_indices(plan, keep))
     return _attributes(model, small, plan, keep) == _attributes(model, small, other, keep)
 
 
-def _tuples(kept: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, dict[int, tuple[int, ...]]]:
+def as_tuples(kept: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, dict[int, tuple[int, ...]]]:
     known: dict[int, tuple[int, ...]] = {}
     for axes in kept.values():
         for indices in axes.values():
@@ -200,11 +200,11 @@ def _tuples(kept: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, dict[int,
     return {name: {axis: known[id(i)] for axis, i in axes.items()} for name, axes in kept.items()}
 
 
-def _cut(
+def cut(
     model: nn.Module, plan: Plan, keep: np.ndarray, kept: Mapping[str, Mapping[int, np.ndarray]]
 ) -> tuple[nn.Module, widths.Edits]:
     with torch.no_grad():
-        small = _copy(model, _slice, kept)
+        small = copy_with(model, sliced, kept)
     found = _attributes(model, small, plan, keep)
     widths.apply(small, found)
     return small, found

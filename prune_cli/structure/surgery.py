@@ -17,8 +17,8 @@ from prune_cli.structure.checker import check
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.modules import named_tensors, walk
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.rebuild import _rescale
-from prune_cli.structure.slicing import _cut, _slice, _tuples, kept_indices
+from prune_cli.structure.rebuild import rescale
+from prune_cli.structure.slicing import as_tuples, cut, kept_indices, sliced
 
 log = logging.getLogger(__name__)
 
@@ -64,24 +64,24 @@ def remove_units(
         for axis, indices in axes.items():
             if not len(indices):
                 raise SurgeryError(f"nothing would be left of axis {axis} of {name!r}; keep at least one unit there")
-    small, found = _cut(model, plan, keep, kept)
+    small, found = cut(model, plan, keep, kept)
     try:
         changes = check(small, plan, keep)
     except interpreter.Refused:
         asked, choice = plan, keep
         plan, keep, changes = follow.follow(model, plan, lambda p: translate(asked, choice, p))
         kept = kept_indices(plan, keep)
-        small, found = _cut(model, plan, keep, kept)
+        small, found = cut(model, plan, keep, kept)
         for warning in plan.warnings[len(asked.warnings) :]:
             log.warning("%s", warning)
     scales = _scales(model, small, changes)
-    _rescale(small, scales)
+    rescale(small, scales)
     for name, parameter in named_tensors(model, again=False).items():
         if parameter.is_leaf and parameter.grad is not None and isinstance(parameter, nn.Parameter):
-            small.get_parameter(name).grad = _slice(parameter.grad, kept.get(name, {}))
+            small.get_parameter(name).grad = sliced(parameter.grad, kept.get(name, {}))
     if optimizer is not None:
         _repoint(optimizer, model, small, kept)
-    plain = _tuples(kept)
+    plain = as_tuples(kept)
     return Shrunk(small, Lineage(plain, found, scales), plan, keep)
 
 
@@ -141,7 +141,7 @@ def _repoint(
         state = optimizer.state.pop(old)
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == old.shape:
-                state[key] = _slice(value, kept.get(name, {}))
+                state[key] = sliced(value, kept.get(name, {}))
         optimizer.state[new] = state
 
 

@@ -107,7 +107,7 @@ OWN = """
 from typing import Annotated
 from prune_cli.config.nodes import Flat
 from prune_cli.stages import learning
-from prune_cli.stages.stage import Stage, own_epochs
+from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.training.training import Training
 
 def plain(state, *, factor: float = 0.5):

@@ -8,9 +8,9 @@ import inspect
 import torch
 
 from prune_cli.errors import ConfigError
+from prune_cli.pipeline.stage import Parameters, Stage, training_of
 from prune_cli.pipeline.state import State
 from prune_cli.selection.granularity import Granularity
-from prune_cli.stages.stage import Parameters, Stage, training_of
 from prune_cli.training.fit import OptimizerFactory, Options
 
 
