@@ -132,3 +132,7 @@ def test_a_missing_flat_key_is_named():
     node = {key: value for key, value in FLAT.items() if key != "size"}
     with pytest.raises(ConfigError, match="stage: needs a value for size"):
         resolve(node, "stage", runtime=("state",))
+
+
+def test_targets_of_older_recipes_are_found_where_they_are_now():
+    assert resolve({"_target_": "prune_cli.lr_schedules.cosine", "_partial_": True}, "lr")(0.0, 10) == 1.0

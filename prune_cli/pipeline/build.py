@@ -23,6 +23,7 @@ from prune_cli.data.dataset import Dataset
 from prune_cli.errors import ConfigError
 from prune_cli.files.weights import load_weights
 from prune_cli.pipeline.checks import check_stage
+from prune_cli.pipeline.code import code_behind
 from prune_cli.pipeline.loading import build_architecture
 from prune_cli.pipeline.stage import declaration
 from prune_cli.pipeline.state import State
@@ -49,10 +50,11 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
         log.info("dataset.fake=true: no pretrained weights are fetched for made-up images")
         config = config | {"model": config["model"] | {"pretrained": False}}
     seen: Counter[str] = Counter()
+    origin = config["model"], config["dataset"]
     steps = []
     for stage in order:
         seen[stage] += 1
-        steps.append(_step(stage, seen[stage], config[stage], choices))
+        steps.append(_step(stage, seen[stage], config[stage], origin, choices))
     device = local_device(choose_device(config.get("device", "auto")))
     _numerics(config)
     data = build_data(config, device)
@@ -80,14 +82,20 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
     root_key = key_of("", *parts, content_key(_without_place(config["dataset"])), config.get("limit_batches"))
     labels = {"seed": state.seed} | {group: choices.get(group) for group in ("recipe", "model", "dataset")}
     trained = bool(weights) or bool(config["model"].get("pretrained"))
-    return Pipeline(state, tuple(steps), root_key, labels, trained or steps[0].stage.removes, trained)
+    return Pipeline(
+        state, tuple(steps), root_key, labels, trained or steps[0].stage.removes, trained, code_behind(origin)
+    )
 
 
-def _step(stage: str, occurrence: int, node: Mapping[str, Any], choices: Mapping[str, str]) -> Step:
+def _step(
+    stage: str, occurrence: int, node: Mapping[str, Any], origin: Sequence[Any], choices: Mapping[str, str]
+) -> Step:
+    """A step from its node; `origin`: the nodes of the network and the data that it starts from."""
     run = resolve(node, stage, runtime=("state",))
     name = stage if occurrence == 1 else f"{stage}_{occurrence}"
     used = {group: choices.get(group) if group in node else None for group in CHOICES}
-    return Step(name, run, content_key(node), used, declaration(run.func, run.keywords), run.keywords)
+    code = code_behind([node, *origin])
+    return Step(name, run, content_key(node), used, code, declaration(run.func, run.keywords), run.keywords)
 
 
 def _check_outputs(state: State) -> None:

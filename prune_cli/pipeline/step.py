@@ -24,6 +24,7 @@ class Step:
         run: state -> State.
         content: hash of the stage's parameters, the files they name and the user code in them.
         choices: names of the options that the stage uses, for the table.
+        code: our own modules that the result depends on, with their hashes; see `code.code_behind`.
         stage: what the stage declares.
         parameters: what the recipe bound to the parameters of the stage's function.
     """
@@ -32,6 +33,7 @@ class Step:
     run: Callable[[State], State]
     content: str
     choices: Mapping[str, str | None]
+    code: Mapping[str, str] = field(default_factory=dict)
     stage: Stage = field(default_factory=Stage)
     parameters: Parameters = field(default_factory=dict)
 
@@ -53,6 +55,7 @@ class Pipeline:
     Attributes:
         measured: whether the network that the first stage gets has a row of its own.
         trained: whether it was trained; where it was not, nothing is compared with its accuracy.
+        code: our own modules behind the network and the data; each step's `code` has them too.
     """
 
     state: State
@@ -61,6 +64,7 @@ class Pipeline:
     labels: Mapping[str, Any]
     measured: bool
     trained: bool
+    code: Mapping[str, str]
 
 
 def within(pipeline: Pipeline, interrupted: Callable[[], bool], world: World) -> Pipeline:

@@ -268,7 +268,12 @@ def _split(
         units = replace(granularity, units=constraint.units)
         statistics = _statistics(state, course, scored, units, calibration)
 
-        def project(values: admm.Weights, scored=scored, units=units, statistics=statistics) -> Mapping[str, Tensor]:
+        def project(
+            values: admm.Weights,
+            scored: Criterion = scored,
+            units: Granularity = units,
+            statistics: Statistics = statistics,
+        ) -> Mapping[str, Tensor]:
             with admm.substituted(state.model, values):
                 return masking.joined(state.masks, _select(state, units, scored, statistics, state.masks).masks)
 
