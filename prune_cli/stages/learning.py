@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli.errors import ConfigError, Interrupted
+from prune_cli.errors import Interrupted
 from prune_cli.masks import Masks
 from prune_cli.measure.accuracy import accuracy
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.training import fit as loop
-from prune_cli.training.fit import LrSchedule, OptimizerFactory, Options, Progress
+from prune_cli.training.fit import OptimizerFactory, Progress
+from prune_cli.training.training import Training
 
 log = logging.getLogger(__name__)
 
@@ -24,31 +25,13 @@ EVALUATION_BATCH = 500
 Save = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
 
 
-def check_options(state: State, options: Options) -> None:
-    """Refuses selection on a split that does not exist.
-
-    Raises:
-        ConfigError: says which key to change.
-    """
-    if options.select_on == "val" and not state.data.has_val:
-        raise ConfigError(
-            f"{state.stage}.fit.select_on=val, but dataset.val=0 leaves nothing to select on; "
-            "set dataset.val to a fraction, or select_on=last"
-        )
-    if options.early_stop is not None and not state.data.has_val and options.select_on != "test":
-        raise ConfigError(f"{state.stage}.fit.early_stop needs a validation split; set dataset.val to a fraction")
-
-
 def learn(
     state: State,
     loss: loop.Loss,
     *,
     epochs: int,
     until: int | None = None,
-    batch_size: int,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
-    options: Options,
+    training: Training,
     masks: Masks | None = None,
     regularise: loop.Regularise | None = None,
     progress: Progress | None = None,
@@ -63,8 +46,8 @@ def learn(
         Interrupted: the user asked to stop; a resumable checkpoint is in the slot.
         TrainingError: the loss is not finite.
     """
-    batches = state.data.train(batch_size, state.stage_seed, shard=state.world.shard)
-    split = options.select_on if options.select_on != "last" else "val"
+    batches = state.data.train(training.batch_size, state.stage_seed, shard=state.world.shard)
+    split = training.fit.select_on if training.fit.select_on != "last" else "val"
     write = save or state.keep
 
     def evaluate(model: nn.Module) -> float:
@@ -86,12 +69,12 @@ def learn(
             state.model,
             batches,
             loss,
-            optimizer=optimizer,
-            lr_schedule=lr_schedule,
+            optimizer=training.optimizer,
+            lr_schedule=training.lr_schedule,
             epochs=epochs,
             until=until,
             masks=masks,
-            options=options,
+            options=training.fit,
             regularise=regularise,
             evaluate=evaluate if split == "test" or state.data.has_val else None,
             progress=progress,
@@ -114,10 +97,7 @@ def trained(
     loss: loop.Loss,
     *,
     epochs: int,
-    batch_size: int,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
-    options: Options,
+    training: Training,
     regularise: loop.Regularise | None = None,
 ) -> State:
     """The state after a whole training under the state's masks, gone on from where an earlier run of it stopped."""
@@ -125,16 +105,13 @@ def trained(
         state,
         loss,
         epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        options=options,
+        training=training,
         masks=state.masks,
         regularise=regularise,
-        progress=resumed(state, optimizer),
+        progress=resumed(state, training.optimizer),
     )
     return state.evolve(
-        outcome=Outcome(epochs=progress.epoch, select_on=options.select_on, history=tuple(progress.history))
+        outcome=Outcome(epochs=progress.epoch, select_on=training.fit.select_on, history=tuple(progress.history))
     )
 
 
