@@ -66,8 +66,11 @@ def restore(folder: Path, state: State) -> State:
     architecture, lineage = _architecture(world.share(node), state), world.share(lineage)
     model = _shared(state, model, architecture, lineage)
     masks = {name: mask.to(state.device) for name, mask in world.share_tensors(masks).items()}
+    remembered = {**state.remembered, **{tag: folder / artifacts.remembered(tag) for tag in world.share(_tags(folder))}}
     forms = {name: Form(**form) for name, form in world.share(forms).items()}
-    return state.evolve(model=model, architecture=architecture, masks=masks, forms=forms, lineage=lineage)
+    return state.evolve(
+        model=model, architecture=architecture, masks=masks, forms=forms, lineage=lineage, remembered=remembered
+    )
 
 
 def _shared(
@@ -88,6 +91,13 @@ def _node(folder: Path) -> dict[str, Any]:
     """Builder and arguments of the dense network that a stage folder started from."""
     node: dict[str, Any] = json.loads((folder / artifacts.CHECKPOINT).read_text())["model"]
     return node
+
+
+def _tags(folder: Path) -> list[str]:
+    """Of the snapshots that a stage left in its folder."""
+    before, after = artifacts.remembered("*").split("*")
+    names = sorted(path.name for path in folder.glob(artifacts.remembered("*")))
+    return [name.removeprefix(before).removesuffix(after) for name in names]
 
 
 def _forms(folder: Path) -> dict[str, Any]:

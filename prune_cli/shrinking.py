@@ -7,7 +7,7 @@ the masked network computes, or it is an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from prune_cli import masks as masking
 from prune_cli.errors import SurgeryError
 from prune_cli.masks import Masks
 from prune_cli.measure import evaluating
+from prune_cli.plan import Plan
 from prune_cli.state import State
 from prune_cli.stripe_conv import StripeConv2d
 from prune_cli.surgery import Lineage, Shrunk
@@ -34,8 +35,10 @@ TOLERANCE = 1e-4
 class Shrinks(Protocol):
     """Units of a granularity that can be taken out of a network, not only masked."""
 
-    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> Shrunk:
-        """The network without the units that the masks remove."""
+    def shrink(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: Callable[[], Plan] | None = None
+    ) -> Shrunk:
+        """The network without the units that the masks remove; `plan` gives its channel plan, where somebody keeps it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def shrink(
     *,
     lineage: Lineage | None = None,
     check_on: Iterable[Any] = (),
+    plan: Callable[[], Plan] | None = None,
 ) -> Small:
     """Takes the masked units out of a network whose masked entries are zero.
 
@@ -72,11 +76,13 @@ def shrink(
         lineage: how `model` descends from the dense network; None = it is the dense network.
         check_on: inputs, shaped like the example, on which masked and shrunk network must agree. Norms over
             channels (LayerNorm, GroupNorm) are compared over the kept channels.
+        plan: gives the channel plan of `model`, where somebody keeps it.
 
     Raises:
         SurgeryError: the two do not agree, or the network cannot be analysed.
     """
-    return checked(model, units.shrink(model, example_inputs, masks), masks, lineage=lineage, check_on=check_on)
+    shrunk = units.shrink(model, example_inputs, masks, plan)
+    return checked(model, shrunk, masks, lineage=lineage, check_on=check_on)
 
 
 def checked(
@@ -100,8 +106,22 @@ def checked(
     return Small(shrunk.model, {name: mask for name, mask in left.items() if not bool(mask.all())}, whole)
 
 
-def shrink_state(state: State, units: object) -> State:
+def shrink_state(state: State, units: object, plan: Callable[[], Plan] | None = None) -> State:
     """The state with the masked units taken out; masked and shrunk network must agree on calibration images."""
+    small = taken_out(state, units, plan)
+    first = composed(state.lineage)
+    lineage = small.lineage if first is None else small.lineage.after(first)
+    return state.evolve(model=small.model, masks=small.masks, lineage=lineage.to_dict())
+
+
+def taken_out(state: State, units: object, plan: Callable[[], Plan] | None = None) -> Small:
+    """The network of a state without its masked units, checked on calibration images.
+
+    Its lineage begins at the state's network, whatever was done to that before.
+
+    Args:
+        plan: gives the channel plan of the network, where somebody keeps it.
+    """
     assert isinstance(units, Shrinks), "checked before anything was trained"
     masking.apply(state.model, state.masks)
     images = [image[None] for batch, _ in state.data.calibration(CHECKED, CHECKED) for image in batch]
@@ -110,12 +130,12 @@ def shrink_state(state: State, units: object) -> State:
         state.model,
         state.example_inputs(),
         state.masks,
-        lineage=composed(state.lineage),
         check_on=images[:CHECKED],
+        plan=plan,
     )
     before, after = (sum(p.numel() for p in model.parameters()) for model in (state.model, small.model))
     log.info("%s: shrunk from %d to %d params", state.stage, before, after)
-    return state.evolve(model=small.model, masks=small.masks, lineage=small.lineage.to_dict())
+    return small
 
 
 def _agree(model: nn.Module, shrunk: Shrunk, inputs: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -140,19 +141,30 @@ def kept_indices(plan: Plan, keep: np.ndarray) -> dict[str, dict[int, np.ndarray
     return found
 
 
-def structured_masks(model: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str, Tensor]:
+def structured_masks(
+    model: nn.Module, plan: Plan, keep: np.ndarray, *, producers_only: bool = False
+) -> dict[str, Tensor]:
     """Masks of the parameters that a ``keep`` array touches (True = keep).
 
     Zeroes the producers' rows, biases and norm parameters and the consumers' columns, so that the masked network
     computes what the shrunk one does, norms over channels excepted.
 
+    Args:
+        model: The network that the plan was made for.
+        plan: From ``channels.analyse``.
+        keep: Bool per unit id.
+        producers_only: Zero the producers' rows and biases alone, through which a channel can grow back.
+
     Returns:
         Parameter name -> bool tensor that broadcasts to the parameter.
     """
     parameters = dict(model.named_parameters())  # a tensor that layers share once
+    only = _rows_and_biases(plan) if producers_only else None
     masks: dict[str, Tensor] = {}
     for name, axes in kept_indices(plan, keep).items():
         if (parameter := parameters.get(name)) is None:
+            continue
+        if only is not None and not (axes := {axis: kept for axis, kept in axes.items() if (name, axis) in only}):
             continue
         mask = torch.ones([1] * parameter.dim(), dtype=torch.bool, device=parameter.device)
         for axis, indices in axes.items():
@@ -161,6 +173,22 @@ def structured_masks(model: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str
             mask = mask & channels_view(line.to(parameter.device), axis, parameter.dim())
         masks[name] = mask
     return masks
+
+
+def _rows_and_biases(plan: Plan) -> set[tuple[str, int]]:
+    """(parameter, axis) of the producers and of their own biases; of a weight that is a direction times a magnitude
+    (weight_norm) the magnitude, since a direction of zero has none."""
+    found = set()
+    for family in plan.families:
+        others = {name for name, _ in family.others}
+        for name, axis in family.producers:
+            magnitude = re.sub(
+                r"weight_v$", "weight_g", re.sub(r"(parametrizations\.weight\.original)1$", r"\g<1>0", name)
+            )
+            found.add((magnitude if magnitude in others else name, axis))
+            layer = re.sub(r"(parametrizations\.weight\..*|weight\w*)$", "", name)
+            found.update(place for place in family.others if place[0] == f"{layer}bias")
+    return found
 
 
 def channels_view(line: Tensor, axis: int, rank: int) -> Tensor:
@@ -356,7 +384,7 @@ def shrink(model: nn.Module, plan: Plan, keep: np.ndarray, optimizer: torch.opti
         if parameter.is_leaf and parameter.grad is not None and isinstance(parameter, nn.Parameter):
             small.get_parameter(name).grad = _slice(parameter.grad, kept.get(name, {}))
     if optimizer is not None:
-        _repoint(optimizer, model, small, kept)
+        repoint(optimizer, model, small, kept)
     plain = _tuples(kept)
     return Shrunk(small, Lineage(plain, found, scales), plan, keep)
 
@@ -430,13 +458,20 @@ def _rescale(model: nn.Module, scales: Mapping[str, tuple[float, ...]]) -> None:
             parameter.mul_(channels_view(line, 0, parameter.dim()))
 
 
-def _repoint(
+def repoint(
     optimizer: torch.optim.Optimizer,
     dense: nn.Module,
     small: nn.Module,
     kept: Mapping[str, Mapping[int, Any]],
 ) -> None:
-    """Gives an optimizer the new parameters and slices its state along."""
+    """Gives an optimizer of a network the parameters of a smaller one, in place; its moments are sliced along.
+
+    Args:
+        optimizer: Of the parameters of ``dense``.
+        dense: The network before.
+        small: The network after, with the same names.
+        kept: Parameter name -> axis -> kept indices, as in a ``Lineage``.
+    """
     twins = {id(p): (name, small.get_parameter(name)) for name, p in dense.named_parameters()}
     for group in optimizer.param_groups:
         group["params"] = [twins[id(p)][1] if id(p) in twins else p for p in group["params"]]
@@ -449,6 +484,23 @@ def _repoint(
             if isinstance(value, Tensor) and value.shape == old.shape:
                 state[key] = _slice(value, kept.get(name, {}))
         optimizer.state[new] = state
+
+
+@torch.no_grad()
+def carried(tensors: Mapping[str, Tensor], lineage: Lineage) -> dict[str, Tensor]:
+    """Tensors of the dense network, by parameter or buffer name, as the small one has them: sliced and rescaled.
+
+    Args:
+        tensors: Other values of parameters and buffers than the network's own, shaped like them.
+        lineage: How the small network descends from the one that the tensors belong to.
+    """
+    found = {name: _slice(tensor, lineage.kept.get(name, NO_AXES)) for name, tensor in tensors.items()}
+    for name, factors in lineage.scales.items():
+        if name in found:
+            value = found[name]
+            line = torch.tensor(factors, dtype=value.dtype, device=value.device)
+            value.mul_(channels_view(line, 0, value.dim()))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- the way back

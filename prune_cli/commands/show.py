@@ -84,16 +84,13 @@ def _estimate(built: Any) -> None:
 
 
 def stage_length(step: Any, state: Any) -> tuple[int, int]:
-    """Epochs and steps per epoch of a stage; a pruning stage trains as long as its schedule asks."""
-    from prune_cli.schedules.requests import Done, Train
+    """Epochs and steps per epoch of a stage; a pruning stage trains as long as its schedule may, 0 if it does not say."""
+    from prune_cli.schedules.schedule import most_epochs
 
     keywords = step.run.keywords
     epochs = int(keywords.get("epochs", 0))
     if "schedule" in keywords:
-        memo, request = keywords["schedule"](None)
-        while not isinstance(request, Done):
-            epochs = request.until if isinstance(request, Train) else epochs
-            memo, request = keywords["schedule"](memo)
+        epochs = most_epochs(keywords["schedule"]) or 0
     return epochs, len(state.data.train(keywords["batch_size"], 0))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -23,7 +24,7 @@ from prune_cli import channels, surgery
 from prune_cli.criteria import sites
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.scoring import score_of, try_out
-from prune_cli.errors import ConfigError, nearest
+from prune_cli.errors import ConfigError, ScheduleError, nearest
 from prune_cli.granularities import budget as budgets
 from prune_cli.granularities import targets
 from prune_cli.granularities.allot import Dependency, Group, Limits, Normalize, Ranking, Scope, even, rank
@@ -36,6 +37,9 @@ from prune_cli.plan import Plan
 from prune_cli.shrinking import Shrinks
 
 log = logging.getLogger(__name__)
+
+FindPlan = Callable[[], Plan]
+"""Gives the channel plan of a network that is analysed once for many choices."""
 
 Part = Annotated[float, Field(gt=0, le=1)]
 """Fraction in (0, 1]."""
@@ -52,6 +56,7 @@ class Context:
         ratios: parameter name -> ratio asked, or an `mXnY` pattern.
         masked: masks that hold already and stay (their units rank lowest), or empty.
         dependency: how coupled layers decide together, for granularities whose units are coupled.
+        find_plan: gives the network's channel plan, where somebody keeps it; see `plan`.
     """
 
     model: nn.Module
@@ -60,6 +65,12 @@ class Context:
     ratios: Mapping[str, float | str]
     masked: Masks
     dependency: Dependency = "group"
+    find_plan: FindPlan | None = None
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The channel plan of the network, analysed where nobody keeps it."""
+        return self.find_plan() if self.find_plan else channels.analyse(self.model, self.example_inputs)
 
     @functools.cached_property
     def prunable(self) -> frozenset[str]:
@@ -120,8 +131,10 @@ class Intersection(Protocol):
 class Silences(Protocol):
     """Units whose masks leave constants behind that must go too, for the masked network to equal the shrunk one."""
 
-    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
-        """The masks with those of the parameters that only serve what is masked."""
+    def complete(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> dict[str, Tensor]:
+        """The masks with those of the parameters that only serve what is masked; `plan`: see `Context`."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +180,10 @@ class Granularity:
         """The ratio asked of each weight, by parameter name."""
         return targets.ratios(model, self.ratio, self.rules, self.ratio_file)
 
-    def forms(self, model: nn.Module, masks: Masks) -> dict[str, Form]:
-        """How each of the masks that these units made is stored."""
-        known = self.units.forms(model, self.ratios(model)) if isinstance(self.units, Formed) else {}
+    def forms(self, model: nn.Module, masks: Masks, asked: Mapping[str, float | str] | None = None) -> dict[str, Form]:
+        """How each of the masks that these units made is stored; `asked`: the ratios where they are known already."""
+        asked = self.ratios(model) if asked is None else asked
+        known = self.units.forms(model, asked) if isinstance(self.units, Formed) else {}
         return {name: known.get(name, Form()) for name in masks}
 
     def named(self, model: nn.Module) -> frozenset[str]:
@@ -179,19 +193,25 @@ class Granularity:
             return frozenset()
         return frozenset(targets.ratios(model, self.ratio, rules, self.ratio_file)) & frozenset(self.ratios(model))
 
-    def split(self, model: nn.Module) -> tuple[Granularity, tuple[Constraint, ...]]:
+    def split(
+        self, model: nn.Module, asked: Mapping[str, float | str] | None = None
+    ) -> tuple[Granularity, tuple[Constraint, ...]]:
         """For ADMM: the granularity whose masks lie in all constraint sets, and the sets; most have just themselves.
 
         What a set takes from weights (the patterns of a library) is taken from the network as it is, once and for all.
         """
         if not isinstance(self.units, Intersection):
             return self, (Constraint("units", self.units),)
-        units, sets = self.units.constraints(model, self.ratios(model))
+        units, sets = self.units.constraints(model, self.ratios(model) if asked is None else asked)
         return replace(self, units=units), sets
 
-    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
+    def complete(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> dict[str, Tensor]:
         """The masks with those of the parameters that only serve what is masked, where these units leave any."""
-        return self.units.complete(model, example_inputs, masks) if isinstance(self.units, Silences) else dict(masks)
+        if not isinstance(self.units, Silences):
+            return dict(masks)
+        return self.units.complete(model, example_inputs, masks, plan)
 
     def check(self, model: nn.Module, criterion: Criterion, example_inputs: Tensor | None = None) -> None:
         """Refuses what makes no sense for this network and criterion.
@@ -261,10 +281,11 @@ class Selection:
         masks: parameter name -> True = keep.
         units: all units that could go.
         removed: those that do.
-        requested: fraction of the units asked for; None where a budget decides.
+        requested: fraction of the units asked for; None where a budget or counts decide.
         channels: output channels of the network that could go if every layer were asked for; 0 for other units.
         channels_removed: those that do.
         candidate: the channel plan and which of its units stay, where units are channels.
+        kept: group name -> units that stay; see `names_of`.
     """
 
     masks: dict[str, Tensor]
@@ -274,6 +295,17 @@ class Selection:
     channels: int = 0
     channels_removed: int = 0
     candidate: tuple[Plan, np.ndarray] | None = None
+    kept: Mapping[str, int] = field(default_factory=dict)
+
+    def growing(self, model: nn.Module) -> dict[str, Tensor]:
+        """The masks that zero units so that they can grow back: of channels, only the rows that produce them.
+
+        The norms and the columns behind a channel stay as they are (arXiv:1808.06866, section 3.2): with those at zero
+        too, no gradient would reach its weights.
+        """
+        if self.candidate is None:
+            return self.masks
+        return surgery.structured_masks(model, *self.candidate, producers_only=True)
 
 
 def select(
@@ -283,47 +315,137 @@ def select(
     example_inputs: Tensor,
     *,
     share: float = 1.0,
+    kept: Mapping[str, int] | None = None,
     masked: Masks | None = None,
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     seed: int = 0,
+    asked: Mapping[str, float | str] | None = None,
+    plan: FindPlan | None = None,
 ) -> Selection:
     """Scores every unit and masks exactly the lowest k of n, ties by index.
 
     Args:
         share: part of the ratio to apply, in [0, 1].
+        kept: instead of a share: group name -> units that stay; see `names_of`. Groups that are absent stay whole.
         masked: masks whose units stay removed, or None to choose afresh.
         statistics: parameter name -> what the criterion's needs collected.
         seed: for criteria that draw numbers; each layer has its own generator.
+        asked: the granularity's ratios of this network, where they are known already.
+        plan: gives the network's channel plan, where somebody keeps it.
     """
-    asked = granularity.ratios(model)
-    norms = sites.norms(model, example_inputs) if "norm" in criterion.needs else {}
-    kept: Mapping[str, int] = {}
-    if "n_keep" in criterion.needs:
-        kept = rows_kept(granularity, model, example_inputs, asked, Fraction(str(share)), masked or {})
+    asked = granularity.ratios(model) if asked is None else asked
+    part = Fraction(str(share))
+    context = Context(model, example_inputs, {}, asked, masked or {}, granularity.dependency, plan)
+    groups = scored(granularity, criterion, context, statistics or {}, seed, share=part, kept=kept)
+    if kept is not None:
+        return chosen(model, groups, keep_counts(ordered(groups), kept), None)
+    keeps = keep_units(groups, granularity, part, model, example_inputs)
+    units = sum(keep.numel() for keep in keeps)
+    requested = None
+    if granularity.budget is None:
+        requested = float(sum(group.ratio * group.scores.numel() for group in groups) / max(units, 1))
+    return chosen(model, groups, keeps, requested)
+
+
+def scored(
+    granularity: Granularity,
+    criterion: Criterion,
+    context: Context,
+    statistics: Mapping[str, Mapping[str, Tensor]],
+    seed: int,
+    *,
+    share: Fraction = Fraction(1),
+    kept: Mapping[str, int] | None = None,
+) -> list[Group]:
+    """The groups of a network with their scores.
+
+    Args:
+        context: of the network; its scores are not looked at.
+        statistics: parameter name -> what the criterion's needs collected.
+        seed: for criteria that draw numbers.
+        share: of the ratio that will be applied, for criteria that need to know how much is kept.
+        kept: group name -> units that will stay, instead of a share; for the same.
+    """
+    model, asked = context.model, context.ratios
+    norms = sites.norms(model, context.example_inputs) if "norm" in criterion.needs else {}
+    rows = rows_kept(granularity, context, share, kept) if "n_keep" in criterion.needs else {}
     scores = {
         name: score_of(
             model,
             name,
             criterion,
-            (statistics or {}).get(name, {}),
+            statistics.get(name, {}),
             seed + index,
             norm=norms.get(name),
-            n_keep=kept.get(name),
+            n_keep=rows.get(name),
         )
         for index, name in enumerate(asked)
     }
-    context = Context(model, example_inputs, scores, asked, masked or {}, granularity.dependency)
-    groups = granularity.units.groups(context)
-    keeps = keep_units(groups, granularity, Fraction(str(share)), model, example_inputs)
+    return granularity.units.groups(replace(context, scores=scores))
+
+
+def chosen(model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor], requested: float | None) -> Selection:
+    """The selection that keeps these units of each group.
+
+    Args:
+        requested: fraction of the units asked for.
+    """
+    counts = [int(keep.sum()) for keep in keeps]
     units = sum(keep.numel() for keep in keeps)
-    requested = None
-    if granularity.budget is None:
-        requested = float(sum(group.ratio * group.scores.numel() for group in groups) / max(units, 1))
-    gone = units - sum(int(keep.sum()) for keep in keeps)
     structure = groups[0].structure if groups else None
     candidate = (structure.plan, budgets.kept_units(groups, keeps)) if structure else None
+    kept = dict(zip(names_of(groups), counts, strict=True))
     masks = combined(model, groups, keeps)
-    return Selection(masks, units, gone, requested, *_channels(candidate), candidate)
+    return Selection(masks, units, units - sum(counts), requested, *_channels(candidate), candidate, kept)
+
+
+def names_of(groups: Sequence[Group]) -> list[str]:
+    """The names of groups, the second of a name as `NAME#2`: a layer's channels may lie in several coupled sets."""
+    seen: Counter[str] = Counter()
+    names = []
+    for group in groups:
+        seen[group.name] += 1
+        names.append(group.name if seen[group.name] == 1 else f"{group.name}#{seen[group.name]}")
+    return names
+
+
+def ordered(groups: Sequence[Group]) -> Ranking:
+    """The units of every group in the order in which they go, each group by itself.
+
+    Raises:
+        ScheduleError: the units are chosen by patterns, so that there is no such order.
+    """
+    if any(group.choose for group in groups):
+        raise ScheduleError(
+            "schedule: it says how many units each layer keeps, but units of this granularity are chosen by patterns; "
+            "choose granularity=filter, element, kernel or stripe, or another schedule"
+        )
+    return rank(even(groups), "layer", "none", Limits())
+
+
+def keep_counts(ranking: Ranking, kept: Mapping[str, int]) -> list[Tensor]:
+    """One bool vector per group, True = keep, with exactly so many units of each; groups that are absent stay whole.
+
+    Args:
+        ranking: from `ordered`.
+        kept: group name -> units that stay.
+
+    Raises:
+        ScheduleError: no such group, or a count that it cannot have.
+    """
+    groups = list(ranking.groups)
+    names = names_of(groups)
+    if unknown := [name for name in kept if name not in names]:
+        raise ScheduleError(f"schedule: there is no group of units {unknown[0]!r}{nearest(unknown[0], names)}")
+    counts = []
+    for name, group in zip(names, groups, strict=True):
+        size = group.scores.numel()
+        alive = size - int((group.scores == float("-inf")).sum())
+        count = kept.get(name, alive)
+        if not min(1, alive) <= count <= alive:
+            raise ScheduleError(f"schedule: {count} units of {name} cannot stay, only from 1 to {alive}")
+        counts.append(size - count)
+    return _spared(groups, ranking.keep(counts))
 
 
 def _channels(candidate: tuple[Plan, np.ndarray] | None) -> tuple[int, int]:
@@ -348,21 +470,20 @@ def combined(model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor])
 
 
 def rows_kept(
-    granularity: Granularity,
-    model: nn.Module,
-    example_inputs: Tensor,
-    asked: Mapping[str, float | str],
-    share: Fraction,
-    masked: Masks,
+    granularity: Granularity, context: Context, share: Fraction, counts: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """How many output channels each weight will keep, by name: the counts do not depend on scores inside a layer.
 
     A choice by equal scores is made and its masks are counted, so that coupled layers get their family's number.
     """
+    model, asked = context.model, context.ratios
     blank = {name: torch.zeros(targets.weight_of(model, name).shape[sites.output_axis(model, name)]) for name in asked}
-    groups = granularity.units.groups(Context(model, example_inputs, blank, asked, masked, granularity.dependency))
+    groups = granularity.units.groups(replace(context, scores=blank))
     kept = {name: scores.numel() for name, scores in blank.items()}
-    keeps = keep_units(groups, granularity, share, model, example_inputs)
+    if counts is None:
+        keeps = keep_units(groups, granularity, share, model, context.example_inputs)
+    else:
+        keeps = keep_counts(ordered(groups), counts)
     for name, mask in combined(model, groups, keeps).items():
         axis = sites.output_axis(model, name) if name in kept else 0
         if name in kept and mask.shape[axis] == kept[name]:  # masks of input channels alone have one row for all

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from prune_cli.fit import LrSchedule, OptimizerFactory, Options, Progress
 from prune_cli.loading import load_teacher
 from prune_cli.masks import Masks
 from prune_cli.measure import accuracy
+from prune_cli.stages import remembering
+from prune_cli.stages.remembering import Recorder
 from prune_cli.state import Outcome, State
 
 log = logging.getLogger(__name__)
@@ -83,27 +85,33 @@ def learn(
     regularise: loop.Regularise | None = None,
     progress: Progress | None = None,
     save: Save | None = None,
+    stepped: Callable[[Progress], None] | None = None,
+    seed: int | None = None,
 ) -> Progress:
     """Trains `state.model` in place on the training split, to `until` or to the end.
 
     Args:
         save: receives tensors and numbers of a resumable checkpoint; the stage's slot by default.
+        stepped: called after every batch.
+        seed: of the batches' order and augmentation; the stage's own by default.
 
     Raises:
         Interrupted: the user asked to stop; a resumable checkpoint is in the slot.
         TrainingError: the loss is not finite.
     """
-    batches = state.data.train(batch_size, state.stage_seed, shard=state.world.shard)
+    batches = state.data.train(batch_size, state.stage_seed if seed is None else seed, shard=state.world.shard)
     split = options.select_on if options.select_on != "last" else "val"
     write = save or state.keep
 
     def evaluate(model: nn.Module) -> float:
-        return _accuracy(state, model, split)
+        return split_accuracy(state, model, split)
 
     def checkpoint(progress: Progress) -> None:
         write(progress.tensors(state.model), progress.numbers())
 
     def tick(progress: Progress, count: int, rate: float) -> None:
+        if stepped:
+            stepped(progress)
         mean = progress.loss_sum / max(progress.seen, 1)
         state.console.tick(progress.epoch, progress.step, count, rate, mean)
 
@@ -131,7 +139,7 @@ def learn(
             epoch_done=epoch_done,
             world=state.world,
         )
-    _same_buffers(state, state.model)
+    same_buffers(state, state.model)
     if not progress.done and progress.epoch < (epochs if until is None else until):
         raise Interrupted(
             f"stopped in {state.stage}, epoch {progress.epoch + 1}, step {progress.step}; the same command goes on there"
@@ -149,8 +157,21 @@ def trained(
     lr_schedule: LrSchedule,
     options: Options,
     regularise: loop.Regularise | None = None,
+    remember: Sequence[str] = (),
 ) -> State:
-    """The state after a whole training under the state's masks, gone on from where an earlier run of it stopped."""
+    """The state after a whole training under the state's masks, gone on from where an earlier run of it stopped.
+
+    Args:
+        remember: moments of which the stage keeps a snapshot; see `remembering.moment`.
+    """
+    batches = len(state.data.train(batch_size, 0, shard=state.world.shard)) if remember else 0
+    recorder = Recorder(remember, state.model, batches, options.accumulate)
+    begun = resumed(state, optimizer, recorder)
+    recorder(begun)
+
+    def save(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        state.keep({**tensors, **recorder.tensors()}, numbers)
+
     progress = learn(
         state,
         loss,
@@ -161,25 +182,33 @@ def trained(
         options=options,
         masks=state.masks,
         regularise=regularise,
-        progress=resumed(state, optimizer),
+        progress=begun,
+        save=save,
+        stepped=recorder,
     )
-    return state.evolve(
-        outcome=Outcome(epochs=progress.epoch, select_on=options.select_on, history=tuple(progress.history))
+    if missing := [tag for tag in remember if str(tag) not in recorder.taken]:
+        log.warning("%s: the training ended before %s was to be remembered", state.stage, ", ".join(missing))
+    outcome = Outcome(
+        epochs=progress.epoch,
+        select_on=options.select_on,
+        history=tuple(progress.history),
+        files=recorder.files(),
     )
+    return state.evolve(outcome=outcome)
 
 
-def _accuracy(state: State, model: nn.Module, split: str) -> float:
+def split_accuracy(state: State, model: nn.Module, split: str) -> float:
     """Percent right on a split, each rank counting its share with rank 0's norm statistics."""
     world = state.world
     if world.size == 1 or state.data.sizes[split] < world.size * EVALUATION_BATCH:
         return accuracy(model, state.data.evaluation(split, EVALUATION_BATCH)).acc1
-    _same_buffers(state, model)
+    same_buffers(state, model)
     found = accuracy(model, state.data.evaluation(split, EVALUATION_BATCH, shard=world.shard))
     correct, total = world.total(torch.tensor([found.correct, found.total])).tolist()
     return 100 * correct / total
 
 
-def _same_buffers(state: State, model: nn.Module) -> None:
+def same_buffers(state: State, model: nn.Module) -> None:
     """Rank 0's norm statistics on every rank, where each has those of its own shards: what is measured must agree."""
     if state.world.size > 1:
         shared = state.world.share_tensors(dict(model.named_buffers()) if state.world.main else None)
@@ -187,12 +216,20 @@ def _same_buffers(state: State, model: nn.Module) -> None:
             model.get_buffer(name).copy_(buffer)
 
 
-def resumed(state: State, optimizer: OptimizerFactory) -> Progress | None:
-    """The progress of an earlier, unfinished run of this stage, with its weights loaded; None for a fresh start."""
+def resumed(state: State, optimizer: OptimizerFactory, recorder: Recorder | None = None) -> Progress | None:
+    """The progress of an earlier, unfinished run of this stage, with its weights loaded; None for a fresh start.
+
+    Args:
+        recorder: gets the snapshots back that the checkpoint holds.
+    """
     found = state.unfinished()
     if not found:
         return None
-    progress = loop.restore(state.model, optimizer, *found)
+    tensors, numbers = found
+    if recorder:
+        recorder.restore(tensors)
+    own = {name: value for name, value in tensors.items() if not name.startswith(remembering.PREFIX)}
+    progress = loop.restore(state.model, optimizer, own, numbers)
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
     return progress
 

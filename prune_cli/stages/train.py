@@ -17,6 +17,7 @@ from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Optio
 from prune_cli.loading import build_architecture
 from prune_cli.nodes import locate
 from prune_cli.stages import learning
+from prune_cli.stages.remembering import moment
 from prune_cli.state import Architecture, State
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def train(
     label_smoothing: Smoothing = 0.0,
     init: str | None = None,
     init_budget: Literal["epochs", "compute"] = "epochs",
+    remember: tuple[str | int, ...] = (),
     fit: Options,
 ) -> State:
     """Minimises cross entropy on the training split.
@@ -47,6 +49,8 @@ def train(
             (from scratch in Liu et al., arXiv:1810.05270).
         init_budget: with `init`: `epochs` trains as long as told (Scratch-E), `compute` as many more epochs as the
             network has fewer MACs than the dense one, at most twice as many (Scratch-B).
+        remember: moments of which a snapshot is kept, for schedules that go back to it: 0, steps as `500st`, epochs as
+            `3ep`.
     """
     if init is not None:
         dense = state
@@ -60,19 +64,38 @@ def train(
         optimizer=optimizer,
         lr_schedule=lr_schedule,
         options=fit,
+        remember=tuple(map(str, remember)),
     )
 
 
 def check(
-    state: State, *, fit: Options, init: str | None = None, init_budget: Literal["epochs", "compute"] = "epochs"
-) -> None:
-    """Refuses options that this dataset cannot serve, and a cfg that does not fit the network."""
+    state: State,
+    *,
+    fit: Options,
+    epochs: Epochs,
+    batch_size: BatchSize,
+    init: str | None = None,
+    init_budget: Literal["epochs", "compute"] = "epochs",
+    remember: tuple[str | int, ...] = (),
+) -> State:
+    """Refuses options that this dataset cannot serve, and a cfg that does not fit the network.
+
+    Returns:
+        the state with what will be remembered, for the checks of later stages.
+    """
     learning.check_options(state, fit)
+    steps = -(-len(state.data.train(batch_size, 0)) // fit.accumulate)
+    for tag in remember:
+        if moment(tag, steps) > epochs * steps and init_budget == "epochs":
+            raise ConfigError(
+                f"{state.stage}.remember: {tag} comes after the end of {epochs} epochs of {steps} steps each"
+            )
     if init is not None:
         with torch.device("meta"):
             architecture(state, init).build()
     elif init_budget != "epochs":
         raise ConfigError(f"{state.stage}.init_budget=compute is for {state.stage}.init=cfg:PATH, which is not given")
+    return state.evolve(remembered={**state.remembered, **{str(tag): Path() for tag in remember}})
 
 
 def architecture(state: State, init: str) -> Architecture:
