@@ -19,18 +19,22 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from prune_cli import artifacts, pruned, shrinking, surgery
-from prune_cli.config import options
-from prune_cli.criteria import requirements
+from prune_cli.config.locations import options
+from prune_cli.config.nodes import resolve
 from prune_cli.criteria.criterion import Criterion, LayerView
 from prune_cli.criteria.statistics import Statistics, collect
 from prune_cli.errors import ConfigError, nearest
+from prune_cli.files import artifacts, builders, pruned
+from prune_cli.files.pruned import Record
 from prune_cli.granularities.filter import Filter
-from prune_cli.granularities.granularity import Granularity, Normalize, select
-from prune_cli.granularities.targets import Rule, layers
-from prune_cli.nodes import resolve
-from prune_cli.pruned import Record
-from prune_cli.stripe_conv import StripeConv2d
+from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.selection import requirements
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.ranking import Normalize
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
+from prune_cli.structure import surgery, verified
+from prune_cli.structure.prunable import layers
 
 log = logging.getLogger(__name__)
 
@@ -118,9 +122,9 @@ def shrink(
     if selection.candidate is None:  # nothing may shrink
         shrunk = filters.shrink(model, example_inputs, {})
     else:
-        shrunk = surgery.shrink(model, *selection.candidate)
+        shrunk = surgery.remove_units(model, *selection.candidate)
     lineage = None if origin is None else origin.lineage
-    small = shrinking.checked(model, shrunk, {}, lineage=lineage, check_on=(example_inputs,))
+    small = verified.checked(model, shrunk, {}, lineage=lineage, check_on=(example_inputs,))
     record = Record({"_target_": _class_of(model)}) if origin is None else origin
     object.__setattr__(small.model, ORIGIN, replace(record, lineage=small.lineage, cfg={}))
     return small.model
@@ -149,7 +153,7 @@ def save_pruned(model: nn.Module, folder: str | Path, *, builder: Mapping[str, A
             "save the result of small = shrink(model, ...)"
         )
     if builder is not None:
-        pruned.require_ours(builder, "save_pruned")
+        builders.require_ours(builder, "save_pruned")
         origin = Record(dict(builder), origin.lineage, dense_sha256=origin.dense_sha256)
     folder = Path(folder)
     with artifacts.writing(folder):

@@ -17,8 +17,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prune_cli.artifacts import Row
 from prune_cli.errors import ConfigError
+from prune_cli.files.artifacts import Row
 
 log = logging.getLogger(__name__)
 

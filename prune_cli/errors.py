@@ -64,7 +64,7 @@ class Interrupted(PruneError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns ``"; did you mean 'a' or 'b'?"`` for close names, else a list of what there is."""
+    """Returns `"; did you mean 'a' or 'b'?"` for close names, else a list of what there is."""
     names = sorted(names)
     close = get_close_matches(name, names, n=3, cutoff=0.55)
     if close:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM become a polite request: the running stage saves a resumable checkpoint and ends."""
+"""SIGINT and SIGTERM become a graceful_stop request: the running stage saves a resumable checkpoint and ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 @contextmanager
-def polite() -> Iterator[Callable[[], bool]]:
+def graceful_stop() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether the user asked to stop. A second signal stops at once."""
     asked = threading.Event()
 

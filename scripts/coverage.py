@@ -1,4 +1,4 @@
-"""Which networks prune, and exactly: one row per model, as CSV and as text.
+"""LayerSelector networks prune, and exactly: one row per model, as CSV and as text.
 
 Every family of every model loses half of its units (random scores), the final classifier stays. The small network must
 run, train one step, equal the masked dense network (norms over channels see the kept ones), and hold exactly the
@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from prune_cli import channels, masked, surgery
+from prune_cli.structure import follow, reference, surgery
+from prune_cli.structure.keep import lowest_units
 
 TIMM = (
     # convnets
@@ -141,7 +142,7 @@ def names(pattern: str) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def uninitialised() -> Iterator[None]:
-    """Skips the initialisers: ``randomise`` fills the weights."""
+    """Skips the initialisers: `randomise` fills the weights."""
     saved = {name: getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and name[0] != "_"}
     try:
         for name in saved:
@@ -228,16 +229,16 @@ def examine(source: str, name: str, double: bool) -> dict[str, Any]:
         model(example)
     row["forward_s"] = round(time.process_time() - start, 4)
     start = time.process_time()
-    plan = channels.analyse(model, example)
+    plan = follow.analyse(model, example)
     row["analyse_s"] = round(time.process_time() - start, 4)
-    keep = channels.select(plan, np.random.default_rng(0).random(plan.size), 0.5)
+    keep = lowest_units(plan, np.random.default_rng(0).random(plan.size), 0.5)
     start = time.process_time()
-    shrunk = surgery.shrink(model, plan, keep)
+    shrunk = surgery.remove_units(model, plan, keep)
     row["shrink_s"] = round(time.process_time() - start, 4)
     dense, cost = shrunk.plan.count(shrunk.plan.everything()), shrunk.plan.count(shrunk.keep)
     kept = sum(p.numel() for p in shrunk.model.parameters())
     total = sum(p.numel() for p in model.parameters())
-    error = masked.difference(model, shrunk, example)
+    error = reference.difference(model, shrunk, example)
     row |= {
         "params": total,
         "params_kept": kept,

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prune_cli.granularities import targets
 from prune_cli.models.torchvision import torchvision
 from prune_cli.models.vgg import vgg
+from prune_cli.structure import prunable
 
 Count = Callable[[torch.Size, float], int]
 """(weight shape, ratio) -> weights removed."""
@@ -140,7 +140,7 @@ def solve(file: File) -> tuple[dict[str, float], float]:
     """
     with torch.device("meta"):
         model = file.build()
-    found = targets.layers(model)
+    found = prunable.layers(model)
     shapes = {name: module.weight.shape for name, module in found.items()}
     if file.of is None:
         whole = sum(parameter.numel() for parameter in model.parameters())

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from prune_cli import store
 from prune_cli.cli import main
-from prune_cli.state import State
+from prune_cli.pipeline import store
+from prune_cli.pipeline.state import State
 
 
 def arm(fault: str) -> None:

@@ -10,18 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prune_cli import admm
-from prune_cli.admm import Projection, Pull, rescaled, residuals, step, substituted
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.granularities.element import Element
 from prune_cli.granularities.filter import Filter
-from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.kernel import Kernel
 from prune_cli.granularities.n_m import NM
 from prune_cli.granularities.pattern import FIXED5, Pattern
 from prune_cli.granularities.stripe import Stripe
-from prune_cli.granularities.targets import Rule
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
+from prune_cli.training import admm
+from prune_cli.training.admm import Projection, Pull, rescaled, residuals, step, substituted
 
 L1, L2 = Criterion(weights.l1), Criterion(weights.l2)
 

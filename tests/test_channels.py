@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_cli import channels, masked, surgery
-from prune_cli.channels import analyse, removed, select
 from prune_cli.errors import SurgeryError
+from prune_cli.structure import analysis, lineage, rebuild, reference, surgery
+from prune_cli.structure.follow import analyse
+from prune_cli.structure.keep import lowest_units, removed
 
 torch.set_num_threads(1)
 
@@ -48,13 +49,13 @@ def halve(model: nn.Module, inputs: Any, ratio: float = 0.5) -> surgery.Shrunk:
     """Prunes and checks everything that must hold for any network."""
     plan = analyse(model, inputs)
     before = copy.deepcopy(model.state_dict())
-    keep = select(plan, np.random.default_rng(3).random(plan.size), ratio)
-    shrunk = surgery.shrink(model, plan, keep)
-    assert masked.difference(model, shrunk, inputs) < 1e-10
+    keep = lowest_units(plan, np.random.default_rng(3).random(plan.size), ratio)
+    shrunk = surgery.remove_units(model, plan, keep)
+    assert reference.difference(model, shrunk, inputs) < 1e-10
     assert shrunk.plan.count(shrunk.keep).params == parameters(shrunk.model)
     assert shrunk.plan.count(shrunk.plan.everything()).params == parameters(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    again = surgery.rebuild(model, surgery.Lineage.from_dict(shrunk.lineage.to_dict()))
+    again = rebuild.rebuild(model, lineage.Lineage.from_dict(shrunk.lineage.to_dict()))
     assert all(torch.equal(value, again.state_dict()[n]) for n, value in shrunk.model.state_dict().items())
     for a, b in zip(outputs(shrunk.model, inputs), outputs(again, inputs), strict=True):
         assert torch.equal(a, b)
@@ -65,7 +66,7 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     from torch.utils._pytree import tree_leaves
 
     with torch.no_grad():
-        return tree_leaves(channels.tracing.call_model(model, inputs))
+        return tree_leaves(analysis.tracing.call_model(model, inputs))
 
 
 class Body(nn.Module):
@@ -527,8 +528,8 @@ def test_a_part_of_a_family_is_never_left_without_channels() -> None:
     build, shape, _ = NETWORKS["unequal parts"]
     model = randomise(build())
     plan = analyse(model, example(*shape))
-    keep = select(plan, np.arange(plan.size, dtype=float), 0.75)  # the lowest come first: all of the first part
-    small = surgery.shrink(model, plan, keep).model
+    keep = lowest_units(plan, np.arange(plan.size, dtype=float), 0.75)  # the lowest come first: all of the first part
+    small = surgery.remove_units(model, plan, keep).model
     assert small.a.out_channels >= 1 and small(example(*shape)).shape == (1, 4, 4, 4)
 
 
@@ -608,12 +609,12 @@ def test_ratio_outside_the_unit_interval_is_refused() -> None:
 
 def test_select_is_stable_and_leaves_one_unit() -> None:
     plan = analyse(randomise(nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 5))), example(2, 3))
-    keep = select(plan, np.zeros(plan.size), 0.5)
+    keep = lowest_units(plan, np.zeros(plan.size), 0.5)
     assert keep[plan.families[0].units].tolist() == [False] * 4 + [True] * 4
-    assert select(plan, None, 1.0)[plan.families[0].units].sum() == 1
-    assert select(plan, None, {"0": 0.25})[plan.families[0].units].sum() == 6
+    assert lowest_units(plan, None, 1.0)[plan.families[0].units].sum() == 1
+    assert lowest_units(plan, None, {"0": 0.25})[plan.families[0].units].sum() == 6
     with pytest.raises(SurgeryError, match="one score per unit"):
-        select(plan, np.zeros(3), 0.5)
+        lowest_units(plan, np.zeros(3), 0.5)
 
 
 @pytest.mark.parametrize("name", ["chain", "grouped", "transposed", "multiplier", "multihead attention", "heads", "einsum",

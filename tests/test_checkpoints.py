@@ -13,15 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from prune_cli.checkpoints import (
-    fit_weights,
-    load_weights,
-    read_state_dict,
-    sha256_of,
-    state_sha256,
-    write_weights,
-)
 from prune_cli.errors import CheckpointError, StorageError
+from prune_cli.files.fitting import fit_weights
+from prune_cli.files.weights import load_weights, read_state_dict, write_weights
+from prune_cli.hashing import file_sha256
+from prune_cli.tensors import state_sha256
 
 
 class Net(nn.Module):
@@ -207,7 +203,7 @@ def test_an_altered_byte_elsewhere_is_one_line_or_readable(
         assert "\n" not in str(error)
     whole = tmp_path_factory.getbasetemp() / "whole"
     whole.write_bytes(files[kind])
-    assert sha256_of(path) != sha256_of(whole)
+    assert file_sha256(path) != file_sha256(whole)
 
 
 # ---------------------------------------------------------------------------------------------------- fitting
@@ -306,7 +302,7 @@ def test_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     shuffled["conv1.weight"] = shuffled["conv1.weight"].to(memory_format=torch.channels_last)
     write_weights(shuffled, tmp_path / "b")
     write_weights(model, tmp_path / "b")
-    assert sha256_of(tmp_path / "a") == sha256_of(tmp_path / "b")
+    assert file_sha256(tmp_path / "a") == file_sha256(tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     length = struct.unpack("<Q", (tmp_path / "a").read_bytes()[:8])[0]
     assert b"__metadata__" not in (tmp_path / "a").read_bytes()[8 : 8 + length]
@@ -361,7 +357,7 @@ def test_state_hash_sees_values_names_types_and_sizes_only() -> None:
 def test_failures_leave_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     write_weights(Net(), path)
-    before = sha256_of(path)
+    before = file_sha256(path)
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -371,7 +367,7 @@ def test_failures_leave_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: py
         write_weights(Net(), path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
-    assert sha256_of(path) == before
+    assert file_sha256(path) == before
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -382,6 +378,6 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_sha256_of(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(CheckpointError, match="can't read"):
-        sha256_of(tmp_path / "b")
+        file_sha256(tmp_path / "b")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prune_cli.cli import COMMANDS
-from prune_cli.config import GROUPS, description, options
+from prune_cli.config.locations import GROUPS, description, options
 
 QUICK = ("recipe=quickstart", "limit_batches=1", "train.epochs=1", "finetune.epochs=1", "latency=false")
 

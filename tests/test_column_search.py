@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from prune_cli import column_search
-from prune_cli.column_search import greedy_swaps, kept, partitions, repartition, row_bound, search
+from prune_cli.permutation import search as column_search
+from prune_cli.permutation.search import greedy_swaps, kept, partitions, repartition, row_bound, search
 
 
 def draw(seed: int, rows: int, columns: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from prune_cli import coding
-from prune_cli.compressed import CONV, LINEAR, MAGIC, Bits, compress, read_compressed
+from prune_cli.compression import codec, kmeans
+from prune_cli.compression.container import CONV, LINEAR, MAGIC, Bits, compress, read_compressed
 from prune_cli.errors import CheckpointError, ConfigError
 
 
@@ -170,5 +170,5 @@ def test_a_large_tensor_in_reasonable_time():
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(1_000_000, generator=generator)
     keep = torch.rand(1_000_000, generator=generator) < 0.1
-    shared = coding.share(weight, keep, 255).weight
-    assert torch.equal(coding.decode(coding.encode(shared)), shared)
+    shared = kmeans.cluster(weight, keep, 255).weight
+    assert torch.equal(codec.decode(codec.encode(shared)), shared)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from prune_cli import exporting, save_pruned, shrink
+from prune_cli import save_pruned, shrink
 from prune_cli.errors import CheckpointError, ConfigError
+from prune_cli.files import exporting
+from prune_cli.measure.semi_structured import two_of_four
 from prune_cli.models.lenet import lenet5
-from prune_cli.semi_structured import two_of_four
 
 SHAPE = (1, 8, 8)
 

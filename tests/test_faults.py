@@ -13,7 +13,7 @@ import pandas
 import pytest
 import torch
 
-from prune_cli.store import Store
+from prune_cli.pipeline.store import Store
 from tests.conftest import ROOT
 
 QUICK = ("run", "recipe=quickstart", "limit_batches=2", "train.epochs=1", "finetune.epochs=1", "latency=false")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli import fit as loop
 from prune_cli.errors import TrainingError
-from prune_cli.fit import Options, fit
-from prune_cli.lr_schedules import constant, cosine, multi_step, one_cycle
+from prune_cli.training import fit as loop
+from prune_cli.training.fit import Options, fit
+from prune_cli.training.lr_schedules import constant, cosine, multi_step, one_cycle
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)
 ADAM = functools.partial(torch.optim.AdamW, lr=0.01)
@@ -72,7 +72,7 @@ def test_stopping_anywhere_and_resuming_gives_the_same_bits(factory, options, st
     assert not progress.done
     torch.manual_seed(999)
     fresh = network()
-    progress = loop.restore(fresh, factory, saved["tensors"], saved["numbers"])
+    progress = loop.restore_progress(fresh, factory, saved["tensors"], saved["numbers"])
     progress = fit(fresh, Blobs(), loss, **arguments, progress=progress)
     assert progress.done
     assert len(progress.history) == 4

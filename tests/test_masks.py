@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from prune_cli import masks as masking
-from prune_cli.config import options
+from prune_cli.config.locations import options
 
 
 def test_joined_masks_remove_what_either_removes():

@@ -13,9 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models as zoo
 
 from prune_cli.errors import DataError
-from prune_cli.measure import accuracy, cost, latency, params, params_nonzero, recalibrate_bn, size_bytes
+from prune_cli.measure.accuracy import accuracy
+from prune_cli.measure.cost import cost, params, params_nonzero, size_bytes
+from prune_cli.measure.latency import latency
 from prune_cli.models.resnet_cifar import resnet_cifar
 from prune_cli.models.vgg import vgg
+from prune_cli.training.batch_norm import recalibrate_bn
 
 # ------------------------------------------------------------------------------------------ params and MACs
 
@@ -112,7 +115,7 @@ def test_attention(length: int, road: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-class Shared(nn.Module):
+class Clustered(nn.Module):
     """One linear layer used twice, once through its weight, and a recurrent layer."""
 
     def __init__(self) -> None:
@@ -129,7 +132,7 @@ class Shared(nn.Module):
 
 
 def test_ties_recurrence_and_functional_use() -> None:
-    model = Shared()
+    model = Clustered()
     result = cost(model, torch.zeros(2, 5, dtype=torch.long))
     assert result.params == params(model) == 28 + 4 * 6 * (4 + 6 + 2) + 28
     macs = {layer.name: layer.macs for layer in result.layers}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from prune_cli.config.content import content_key
+from prune_cli.config.nodes import resolve
 from prune_cli.errors import ConfigError
-from prune_cli.nodes import content_key, resolve
 
 HERE = __name__
 

@@ -9,16 +9,17 @@ import torch
 import torchvision
 from torch import nn
 
-from prune_cli import permutation
-from prune_cli.channels import analyse
-from prune_cli.column_search import kept
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import SurgeryError
-from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.n_m import NM
 from prune_cli.models.resnet_cifar import resnet_cifar
-from prune_cli.permutation import permute, permute_masks
+from prune_cli.permutation import network
+from prune_cli.permutation.network import permute, permute_masks
+from prune_cli.permutation.search import kept
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
+from prune_cli.structure.follow import analyse
 
 
 class Shuffled(nn.Module):
@@ -124,7 +125,7 @@ def test_one_step_is_undone_by_its_inverse_and_moves_tell_where_masks_go():
     thin = {name: torch.ones(1, 1, 1, 1, dtype=torch.bool) for name in masks if "conv" in name}
     assert all(mask.numel() == 1 for mask in permute_masks(thin, result.moves).values())
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    permutation._apply(tensors, permutation._inverse(result.moves))
+    network._apply(tensors, network._inverse(result.moves))
     for name, value in dense.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
 
@@ -159,12 +160,12 @@ def test_outputs_that_change_are_undone_and_reported(monkeypatch):
     model = prepared("vgg")
     before = copy.deepcopy(model.state_dict())
     plan = analyse(model, torch.zeros(1, 3, 32, 32))
-    real = permutation._moves
+    real = network._moves
 
     def wrong(tensors, group, order):  # forgets the norm
         return {name: axes for name, axes in real(tensors, group, order).items() if name != "1.weight"}
 
-    monkeypatch.setattr(permutation, "_moves", wrong)
+    monkeypatch.setattr(network, "_moves", wrong)
     with pytest.raises(SurgeryError, match="left as it was"):
         permute(model, plan, patterns_of(model), escapes=0)
     for name, value in before.items():

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from prune_cli import processes, skeleton, sr_ste
 from prune_cli.criteria.statistics import collect
 from prune_cli.data.fake import fake
-from prune_cli.fit import fit
-from prune_cli.lr_schedules import cosine
-from prune_cli.processes import World, joined, parallel
+from prune_cli.training import distributed, filter_skeleton, sr_ste
+from prune_cli.training.distributed import World, joined, parallel
+from prune_cli.training.fit import fit
+from prune_cli.training.lr_schedules import cosine
 from tests.conftest import ROOT
 
 RUN = (
@@ -123,7 +123,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
         tmp_path,
         "measured",
         "    found = measured(world)\n"
-        "    same = world.share(found) == found\n"
+        "    same = world.broadcast(found) == found\n"
         f"    open(f'{tmp_path}/{{world.rank}}.json', 'w').write(json.dumps([same, found]))\n",
     )
     alone = measured(World())
@@ -182,7 +182,7 @@ def test_restarted_ranks_never_meet_the_dead_ones():
         with ThreadPoolExecutor(3) as pool:
             jobs = {}
             for number in (*(set(range(3)) - {late}), late):  # one comes after the others have read what is old
-                jobs[number] = pool.submit(processes._start, store, number, 3)
+                jobs[number] = pool.submit(distributed._start, store, number, 3)
                 time.sleep(0.05)
             names = {job.result(timeout=30) for job in jobs.values()}
         assert len(names) == 1
@@ -209,7 +209,7 @@ def test_alone_nothing_is_wrapped():
     with joined(torch.device("cpu")) as world, parallel(model, world, sync_norms=True) as forward:
         assert forward is model
         assert world == World()
-        assert world.share({"a": 1}) == {"a": 1}
+        assert world.broadcast({"a": 1}) == {"a": 1}
         assert world.any(True)
 
 
@@ -232,12 +232,12 @@ def learned(world: World, method: str) -> dict[str, list]:
     patterns = {"2.weight": (4, 2), "4.weight": (4, 1)}
     regularise = None
     if method == "skeleton":
-        skeleton.attach(model, names)
+        filter_skeleton.attach(model, names)
         for module in (model[0], model[2]):  # some near to death
             module.parametrizations.weight[0].strength.data.uniform_(
                 0.4, 1.2, generator=torch.Generator().manual_seed(2)
             )
-        regularise = skeleton.Shrinkage(model, names, 0.03, 0.5, constants, {"0.weight": 3})
+        regularise = filter_skeleton.Shrinkage(model, names, 0.03, 0.5, constants, {"0.weight": 3})
     else:
         sr_ste.attach(model, patterns, 1e-3)
     progress = fit(
@@ -245,7 +245,7 @@ def learned(world: World, method: str) -> dict[str, list]:
         lr_schedule=cosine, epochs=4, regularise=regularise, world=world,
     )  # fmt: skip
     if method == "skeleton":
-        masks = skeleton.detach(model, names, 0.5, constants, {"0.weight": 3})
+        masks = filter_skeleton.detach(model, names, 0.5, constants, {"0.weight": 3})
     else:
         masks = sr_ste.detach(model, patterns)
     return {
@@ -261,7 +261,7 @@ def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
         tmp_path,
         "learned",
         f"    found = learned(world, {method!r})\n"
-        "    every = [world.share(None)] if not world.main else [world.share(found)]\n"
+        "    every = [world.broadcast(None)] if not world.main else [world.broadcast(found)]\n"
         "    assert world.main or every[0]['masks'] == found['masks'], 'masks differ between ranks'\n"
         "    if world.main:\n        print(json.dumps(found))\n",
     )

@@ -13,18 +13,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from prune_cli import masks as masking
-from prune_cli import pruned, shrinking
-from prune_cli.checkpoints import load_weights
-from prune_cli.config import options
+from prune_cli.config.locations import options
+from prune_cli.config.nodes import locate
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import CheckpointError, ConfigError
+from prune_cli.files import builders, pruned
+from prune_cli.files.weights import load_weights
 from prune_cli.granularities.element import Element
 from prune_cli.granularities.filter import Filter
-from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.models.resnet import resnet
 from prune_cli.models.vgg import vgg
-from prune_cli.nodes import locate
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
+from prune_cli.structure import verified
 
 IMAGE = torch.zeros(1, 3, 32, 32)
 L1 = Criterion(weights.l1)
@@ -38,17 +40,17 @@ def node(family: str, **arguments) -> dict:
 def built(content: dict) -> nn.Module:
     """A network with norm statistics and biases that are not the initial ones."""
     torch.manual_seed(1)
-    model = pruned.build(content, None, None, "test")
+    model = builders.build(content, None, None, "test")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.dim() == 1 and tensor.is_floating_point():
             tensor.data.copy_(torch.rand_like(tensor) + (0.5 if name.endswith(("weight", "var")) else -0.5))
     return model.eval()
 
 
-def small(model: nn.Module, ratio: float = 0.5, lineage=None) -> shrinking.Small:
+def small(model: nn.Module, ratio: float = 0.5, lineage=None) -> verified.Small:
     chosen = select(Granularity(Filter(), ratio=ratio), L1, model, IMAGE)
     masking.apply(model, chosen.masks)
-    return shrinking.shrink(Filter(), model, IMAGE, chosen.masks, lineage=lineage, check_on=[torch.rand_like(IMAGE)])
+    return verified.shrink(Filter(), model, IMAGE, chosen.masks, lineage=lineage, check_on=[torch.rand_like(IMAGE)])
 
 
 def images(count: int = 3) -> torch.Tensor:
@@ -120,7 +122,7 @@ def test_element_masks_inside_a_shrunk_network():
     filters = select(Granularity(Filter(), ratio=0.5), L1, model, IMAGE).masks
     both = {name: elements.get(name, mask) & mask for name, mask in filters.items()}
     masking.apply(model, filters)
-    shrunk = shrinking.shrink(Filter(), model, IMAGE, both, check_on=[images(1)])
+    shrunk = verified.shrink(Filter(), model, IMAGE, both, check_on=[images(1)])
     assert shrunk.masks
     parameters = dict(shrunk.model.named_parameters())
     for name, mask in shrunk.masks.items():
@@ -252,4 +254,4 @@ def test_other_weights_are_refused(folder):
 def test_every_shipped_model_may_be_named_by_a_file(name):
     content = yaml.safe_load(options("model")[name].read_text())
     arguments = {key: value for key, value in content.items() if key != "weights"}
-    assert pruned.require_ours(arguments, "test") is locate(content["_target_"], "model")
+    assert builders.require_ours(arguments, "test") is locate(content["_target_"], "model")

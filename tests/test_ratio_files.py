@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from prune_cli.config import options
+from prune_cli.config.locations import options
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.weights import l1
-from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.pattern import Pattern
 from prune_cli.granularities.stripe import Stripe
 from prune_cli.models.torchvision import torchvision
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
 from tests.conftest import ROOT
 
 RATIOS = ROOT / "recipes" / "ratios"

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from prune_cli.config import options
+from prune_cli.config.locations import options
 
 TINY = ("limit_batches=1", "dataset.fake=true", "latency=false", "device=cpu")
 
@@ -14,7 +14,7 @@ TINY = ("limit_batches=1", "dataset.fake=true", "latency=false", "device=cpu")
 @pytest.fixture
 def short(prune, monkeypatch):
     """Runs a recipe for one small batch per epoch, one epoch per stage, on a few small images."""
-    from prune_cli.config import compose
+    from prune_cli.config.compose import compose
     from prune_cli.data.fake import stand_in
 
     monkeypatch.setitem(stand_in.__kwdefaults__, "sizes", (64, 32))

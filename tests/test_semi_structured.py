@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune_cli import semi_structured
+from prune_cli.measure import semi_structured
 
 CUDA = torch.cuda.is_available() and torch.cuda.get_device_capability() >= semi_structured.AMPERE
 

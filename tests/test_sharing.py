@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from prune_cli import coding, sharing
+from prune_cli.compression import codec, kmeans
+from prune_cli.training import weight_sharing
 
 
 def network() -> nn.Sequential:
@@ -16,19 +17,19 @@ def network() -> nn.Sequential:
     )
 
 
-def clustered(model: nn.Module, clusters: int = 5) -> dict[str, coding.Shared]:
+def clustered(model: nn.Module, clusters: int = 5) -> dict[str, kmeans.Clustered]:
     shared = {}
     for index, name in enumerate(("0.weight", "4.weight")):
         weight = model.get_parameter(name).detach()
         keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(index)) < 0.4
-        shared[name] = coding.share(weight, keep, clusters)
+        shared[name] = kmeans.cluster(weight, keep, clusters)
     return shared
 
 
 def test_the_gradient_of_a_centroid_is_that_of_autograd_through_the_assignment():
     model = network().double()
     shared = clustered(model)
-    sharing.attach(model, shared)
+    weight_sharing.attach(model, shared)
     x = torch.randn(4, 2, 7, 7).double()
     model(x).sin().sum().backward()
     reference = network().double()
@@ -55,7 +56,7 @@ OPTIMIZERS = {
 def test_after_every_step_a_layer_has_its_few_values_and_its_zeros(optimizer):
     model = network()
     shared = clustered(model)
-    sharing.attach(model, shared)
+    weight_sharing.attach(model, shared)
     trained = OPTIMIZERS[optimizer](model.parameters())
     before = model[4].weight.detach().clone()
     for _ in range(8):
@@ -73,11 +74,11 @@ def test_after_every_step_a_layer_has_its_few_values_and_its_zeros(optimizer):
 def test_detaching_leaves_a_plain_network_of_the_same_function():
     model = network().eval()
     names, shared = list(model.state_dict()), clustered(model)
-    sharing.attach(model, shared)
+    weight_sharing.attach(model, shared)
     model[4].parametrizations.weight.original.data[0] = -0.0
     x = torch.randn(3, 2, 7, 7)
     before = model(x)
-    sharing.detach(model, shared)
+    weight_sharing.detach(model, shared)
     assert sorted(model.state_dict()) == sorted(names) and type(model[4]) is nn.Linear
     assert torch.equal(model(x), before)
-    assert (coding.pattern_of(model[4].weight) == 0).sum() == (model[4].weight == 0).sum()
+    assert (codec.pattern_of(model[4].weight) == 0).sum() == (model[4].weight == 0).sum()

@@ -10,12 +10,14 @@ import torch
 import yaml
 from torch import nn
 
-from prune_cli import pruned, shrinking, surgery
-from prune_cli.channels import analyse, select
-from prune_cli.checkpoints import read_state_dict
 from prune_cli.errors import SurgeryError
+from prune_cli.files import pruned
+from prune_cli.files.weights import read_state_dict
 from prune_cli.granularities.filter import kept_units
-from prune_cli.rows import slower
+from prune_cli.pipeline.results import slower
+from prune_cli.structure import slicing, surgery, verified
+from prune_cli.structure.follow import analyse
+from prune_cli.structure.keep import lowest_units
 from tests.conftest import ROOT
 
 FILTER = (
@@ -161,8 +163,8 @@ def test_a_teacher_may_be_a_pruned_network_of_another_architecture(prune):
 def test_kept_units_are_those_that_the_masks_were_made_from():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(6 * 16, 4))
     plan = analyse(model, torch.zeros(1, 3, 6, 6))
-    keep = select(plan, ratio=0.5)
-    assert (kept_units(model, plan, surgery.structured_masks(model, plan, keep))[1:] == keep[1:]).all()
+    keep = lowest_units(plan, ratio=0.5)
+    assert (kept_units(model, plan, slicing.structured_masks(model, plan, keep))[1:] == keep[1:]).all()
     assert kept_units(model, plan, {})[1:].all()
 
 
@@ -172,8 +174,8 @@ def test_a_shrunk_network_that_says_something_else_is_an_error():
 
         def shrink(self, model, example_inputs, masks):
             plan = analyse(model, example_inputs)
-            keep = select(plan, ratio=0.5)
-            found = surgery.shrink(model, plan, keep)
+            keep = lowest_units(plan, ratio=0.5)
+            found = surgery.remove_units(model, plan, keep)
             with torch.no_grad():
                 next(found.model.parameters()).mul_(1.01)
             return found
@@ -181,4 +183,4 @@ def test_a_shrunk_network_that_says_something_else_is_an_error():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4))
     image = torch.rand(1, 3, 6, 6)
     with pytest.raises(SurgeryError, match="differs from the masked one"):
-        shrinking.shrink(Wrong(), model, image, {}, check_on=[image])
+        verified.shrink(Wrong(), model, image, {}, check_on=[image])

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prune_cli.skeleton import Shrinkage, attach, detach
-from prune_cli.stripe_conv import fitting, place
+from prune_cli.layers.replacing import fitting, place
+from prune_cli.training.filter_skeleton import Shrinkage, attach, detach
 
 
 def network() -> nn.Module:

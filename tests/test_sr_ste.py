@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prune_cli.granularities.n_m import nm_mask
-from prune_cli.sr_ste import attach, detach
+from prune_cli.training.sr_ste import attach, detach
 
 
 def network() -> nn.Module:

@@ -6,8 +6,8 @@ import pandas
 import pytest
 import torch
 
-from prune_cli.checkpoints import read_state_dict
-from prune_cli.granularities.storage import fillers
+from prune_cli.compression.gaps import fillers
+from prune_cli.files.weights import read_state_dict
 
 NET = (
     "run", "recipe=resnet20_cifar10_irre", "latency=false", "device=cpu", "threads=1", "dataset=fake",
@@ -99,7 +99,7 @@ def test_bytes_by_hand_and_in_a_later_stage(prune, granularity):
 
 
 def test_a_resumed_stage_knows_the_form_of_masks_it_chose_before(prune, monkeypatch):
-    from prune_cli import fit as loop
+    from prune_cli.training import fit as loop
 
     command = (
         *NET[:-1], "granularity=n_m", "granularity.ratio=0.5", "schedule=iterative", "schedule.epochs=2",

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from prune_cli import masks as masking
-from prune_cli import measure, stripe_conv
 from prune_cli.errors import SurgeryError
-from prune_cli.stripe_conv import StripeConv2d
+from prune_cli.layers import replacing, stripe_conv
+from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.measure import cost as measure
 
 FORMS = ("_fused", "_by_position", "_spread_out", "forward")
 
@@ -64,7 +65,7 @@ def test_depthwise_equals_the_masked_convolution(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_same_padding_other_modes_and_many_chunks(form, monkeypatch):
-    monkeypatch.setattr("prune_cli.stripe_conv.CHUNK", 1)
+    monkeypatch.setattr("prune_cli.layers.stripe_conv.CHUNK", 1)
     for arguments in (
         {"padding": "same"},
         {"padding": 1, "padding_mode": "reflect"},
@@ -179,19 +180,19 @@ def two() -> tuple[nn.Module, masking.Masks]:
 def test_networks_of_stripes_equal_masked_ones_and_go_back():
     model, masks = two()
     small = copy.deepcopy(model)
-    stripe_conv.place(small, stripe_conv.fitting(model, masks))
+    replacing.place(small, replacing.fitting(model, masks))
     x = draw(5, 2, 3, 8, 8)
     with torch.no_grad():
         assert type(small[0]) is type(small[2]) is StripeConv2d
         assert torch.allclose(small(x), model(x), atol=1e-5)
-        whole, again = stripe_conv.expanded(small, {})
+        whole, again = replacing.expanded(small, {})
         assert type(whole[0]) is nn.Conv2d
         assert torch.equal(whole(x), model(x))
     assert {name: mask.tolist() for name, mask in again.items()} == {
         name: mask.tolist() for name, mask in masks.items()
     }
     twin = copy.deepcopy(model)
-    stripe_conv.place(twin, stripe_conv.fitting(model, masks))
+    replacing.place(twin, replacing.fitting(model, masks))
     twin.load_state_dict(small.state_dict())
     with torch.no_grad():
         assert torch.equal(twin(x), small(x))
@@ -202,17 +203,17 @@ def test_masks_inside_stripes_survive_the_way_back():
     fine = masks["2.weight"].expand(4, 6, 3, 3).clone()
     fine[:, 2] = False
     model[2].weight.data[:, 2] = 0
-    numbers = stripe_conv.fitting(model, {"2.weight": fine})
+    numbers = replacing.fitting(model, {"2.weight": fine})
     small = copy.deepcopy(model)
-    stripe_conv.place(small, numbers)
+    replacing.place(small, numbers)
     inside = small[2].rows(fine)
     assert inside.shape == small[2].weight.shape
     assert not inside[:, 2].any()
-    _, again = stripe_conv.expanded(small, {"2.weight": inside})
+    _, again = replacing.expanded(small, {"2.weight": inside})
     assert torch.equal(again["2.weight"], fine)
 
 
-class Shared(nn.Module):
+class Clustered(nn.Module):
     """One convolution under two names, one whose weight is another's, one with a hook."""
 
     def __init__(self) -> None:
@@ -230,14 +231,14 @@ class Shared(nn.Module):
 
 
 def test_shared_tied_and_hooked_convolutions():
-    model = Shared()
+    model = Clustered()
     keep = torch.rand(3, 1, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     masks = {f"{name}.weight": keep for name in ("first", "tied", "hooked")}
     masking.apply(model, masks)
-    numbers = stripe_conv.fitting(model, masks)
+    numbers = replacing.fitting(model, masks)
     assert set(numbers) == {"first"}
     small = copy.deepcopy(model)
-    stripe_conv.place(small, numbers)
+    replacing.place(small, numbers)
     assert small.first is small.again
     x = draw(3, 2, 3, 6, 6)
     with torch.no_grad():
@@ -256,4 +257,4 @@ def test_shared_tied_and_hooked_convolutions():
 )
 def test_stripes_that_do_not_fit_are_refused(stripes, message):
     with pytest.raises(SurgeryError, match=message):
-        stripe_conv.place(two()[0], stripes)
+        replacing.place(two()[0], stripes)

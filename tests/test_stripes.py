@@ -10,21 +10,25 @@ import pytest
 import torch
 from torch import nn
 
-from prune_cli import load_pruned, measure, pruned, shrink, shrinking, surgery
+from prune_cli import load_pruned, shrink
 from prune_cli import masks as masking
 from prune_cli.api import save_pruned
-from prune_cli.checkpoints import read_state_dict
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError, SurgeryError
-from prune_cli.granularities.granularity import Granularity, select
+from prune_cli.files import pruned
+from prune_cli.files.weights import read_state_dict
 from prune_cli.granularities.stripe import Stripe
+from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.measure import cost, latency
 from prune_cli.models.resnet import resnet
 from prune_cli.models.resnet_cifar import resnet_cifar
 from prune_cli.models.torchvision import torchvision
 from prune_cli.models.vgg import vgg
-from prune_cli.stripe_conv import StripeConv2d
-from prune_cli.surgery import Lineage
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
+from prune_cli.structure import rebuild, verified
+from prune_cli.structure.lineage import Lineage
 from tests.conftest import ROOT
 
 STRIPES = (
@@ -89,7 +93,7 @@ def test_shrunk_equals_masked_and_comes_back_from_its_lineage(name):
     model = stirred(make())
     image, x = torch.zeros(1, 3, 32, 32), draw(2, 3, 3, 32, 32)
     masks = chosen(model, image, dead=dead)
-    small = shrinking.shrink(Stripe(), model, image, masks, check_on=[x[:1]])
+    small = verified.shrink(Stripe(), model, image, masks, check_on=[x[:1]])
     with torch.no_grad():
         want, got = model(x), small.model(x)
     assert float((want - got).abs().max() / want.abs().max()) <= 1e-5
@@ -99,14 +103,14 @@ def test_shrunk_equals_masked_and_comes_back_from_its_lineage(name):
         layer = small.model.get_submodule(parameter.removesuffix(".weight"))
         assert layer.out_channels < model.get_submodule(parameter.removesuffix(".weight")).out_channels
     # what was counted on masks is what is left
-    before, after = measure.cost(model, image, masks), measure.cost(small.model, image)
+    before, after = cost.cost(model, image, masks), cost.cost(small.model, image)
     assert after.params == after.params_nonzero <= before.params_nonzero
     for layer in after.layers:
         if layer.kind == "StripeConv2d":
             module = small.model.get_submodule(layer.name)
             assert layer.macs == module.weight.numel() * layer.output_shape[2] * layer.output_shape[3]
     lineage = Lineage.from_dict(small.lineage.to_dict())
-    again = surgery.rebuild(make(), lineage)
+    again = rebuild.rebuild(make(), lineage)
     again.load_state_dict(small.model.state_dict())
     with torch.no_grad():
         assert torch.equal(again.eval()(x), got)
@@ -122,14 +126,14 @@ def test_a_filter_that_died_leaves_nothing_behind_its_norm():
     assert set(masks) == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight"}
     assert masks["1.bias"].tolist() == [True, False, True, True]
     masking.apply(model, masks)
-    small = shrinking.shrink(Stripe(), model, image, masks)
+    small = verified.shrink(Stripe(), model, image, masks)
     assert small.model[0].out_channels == small.model[3].in_channels == 3
     with torch.no_grad():
         assert torch.allclose(small.model(x), model(x), atol=1e-6)
     # incomplete masks remove nothing that still speaks
     other = stirred(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten()))
     masking.apply(other, raw)
-    kept = shrinking.shrink(Stripe(), other, image, raw)
+    kept = verified.shrink(Stripe(), other, image, raw)
     assert kept.model[0].out_channels == 4
     with torch.no_grad():
         assert torch.allclose(kept.model(x), other(x), atol=1e-6)
@@ -145,7 +149,7 @@ def test_a_residual_branch_without_stripes_gives_the_network_without_it(which):
     masks |= {f"layer2.1.{name}.weight": torch.zeros(32, 1, 3, 3, dtype=torch.bool) for name in names}
     masks = Stripe().complete(model, image, masks)
     masking.apply(model, masks)
-    small = shrinking.shrink(Stripe(), model, image, masks, check_on=[x[:1]])
+    small = verified.shrink(Stripe(), model, image, masks, check_on=[x[:1]])
     with torch.no_grad():
         want, got = model(x), small.model(x)
     assert float((want - got).abs().max() / want.abs().max()) <= 1e-5
@@ -164,7 +168,7 @@ def test_a_family_never_dies_whole():
     }
     masks = Stripe().complete(model.eval(), image, masks)
     masking.apply(model, masks)
-    small = shrinking.shrink(Stripe(), model, image, masks, check_on=[image])
+    small = verified.shrink(Stripe(), model, image, masks, check_on=[image])
     assert all(getattr(module, "out_channels", 1) >= 1 for module in small.model.modules())
 
 
@@ -180,7 +184,7 @@ def test_a_weight_that_the_network_reads_itself_stays_masked():
     model = Own().eval()
     image = draw(0, 1, 3, 9, 9)
     masks = chosen(model, image, 0.6)
-    small = shrinking.shrink(Stripe(), model, image, masks, check_on=[image])
+    small = verified.shrink(Stripe(), model, image, masks, check_on=[image])
     assert type(small.model.conv) is StripeConv2d
     assert type(small.model.read) is nn.Conv2d
     assert set(small.masks) == {"read.weight"}
@@ -191,15 +195,15 @@ def test_only_layers_that_get_faster_are_converted_where_asked(monkeypatch):
     image = torch.zeros(1, 3, 32, 32)
     masks = chosen(model, image, 0.6)
     clock = itertools.cycle([2.0, 1.0])  # stripes take half of the dense time
-    timed = measure.Latency(0, 0, 0, 1, "cpu", "float32", 1, 1)
+    timed = latency.Latency(0, 0, 0, 1, "cpu", "float32", 1, 1)
 
     def said(layer, images, device, **_):
         verdict = isinstance(layer[0], StripeConv2d) == (layer[0].out_channels == 12)
         next(clock)
-        return measure.Latency(**{**vars(timed), "median_ms": 1.0 if verdict else 2.0})
+        return latency.Latency(**{**vars(timed), "median_ms": 1.0 if verdict else 2.0})
 
     monkeypatch.setattr("prune_cli.granularities.stripe.latency", said)
-    small = shrinking.shrink(Stripe("faster"), model, image, masks, check_on=[image])
+    small = verified.shrink(Stripe("faster"), model, image, masks, check_on=[image])
     kinds = {name: type(module) for name, module in small.model.named_modules() if hasattr(module, "out_channels")}
     assert kinds == {"0": nn.Conv2d, "3": StripeConv2d, "5": StripeConv2d, "7": nn.Conv2d}
     assert set(small.masks) == {"0.weight", "7.weight"}

@@ -14,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_cli import masked
-from prune_cli.channels import Plan, analyse, select
 from prune_cli.errors import SurgeryError
 from prune_cli.models.resnet_cifar import resnet_cifar
-from prune_cli.surgery import Lineage, kept_indices, rebuild, shrink, structured_masks
+from prune_cli.structure import reference
+from prune_cli.structure.follow import analyse
+from prune_cli.structure.keep import lowest_units
+from prune_cli.structure.lineage import Lineage
+from prune_cli.structure.plan import Plan
+from prune_cli.structure.rebuild import rebuild
+from prune_cli.structure.slicing import kept_indices, structured_masks
+from prune_cli.structure.surgery import remove_units
 
 torch.set_num_threads(1)
 
@@ -53,7 +58,7 @@ def images(n: int = 2) -> Tensor:
 
 def plan_and_keep(model: nn.Module, ratio: float = 0.5, seed: int = 0) -> tuple[Plan, np.ndarray]:
     plan = analyse(model, images())
-    return plan, select(plan, np.random.default_rng(seed).random(plan.size), ratio)
+    return plan, lowest_units(plan, np.random.default_rng(seed).random(plan.size), ratio)
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -84,7 +89,7 @@ def test_optimizer_goes_on_as_if_the_masked_network_had_been_trained(name: str) 
         n: {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
         for n, p in model.named_parameters()
     }
-    small = shrink(model, plan, keep, optimizer).model
+    small = remove_units(model, plan, keep, optimizer).model
     kept = kept_indices(plan, keep)
     for n, parameter in small.named_parameters():
         for key, value in old[n].items():
@@ -103,7 +108,7 @@ def test_optimizer_goes_on_as_if_the_masked_network_had_been_trained(name: str) 
 def test_a_training_step_of_the_small_network_equals_the_masked_one() -> None:
     model = network().eval()  # evaluation: batch statistics of removed channels play no part
     plan, keep = plan_and_keep(model)
-    small = shrink(model, plan, keep).model
+    small = remove_units(model, plan, keep).model
     big, masks = copy.deepcopy(model), structured_masks(model, plan, keep)
     with torch.no_grad():
         for n, p in big.named_parameters():
@@ -128,7 +133,7 @@ def test_modes_requires_grad_gradients_hooks_and_names_survive() -> None:
     model.body.register_forward_hook(lambda *_: calls.append("body"))
     plan, keep = plan_and_keep(model)
     calls.clear()
-    small = shrink(model, plan, keep).model
+    small = remove_units(model, plan, keep).model
     assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
     assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
     assert [n for n, _ in small.named_parameters()] == [n for n, _ in model.named_parameters()]
@@ -150,7 +155,7 @@ def test_ties_stay_ties() -> None:
     model.body2 = nn.Conv2d(8, 8, 3, padding=1)
     model.body2.weight = model.body.weight
     plan, keep = plan_and_keep(model)
-    small = shrink(model, plan, keep).model
+    small = remove_units(model, plan, keep).model
     assert small.body2.weight is small.body.weight
     assert plan.count(keep).params <= sum(p.numel() for p in small.parameters())
 
@@ -158,7 +163,7 @@ def test_ties_stay_ties() -> None:
 def test_what_is_removed_is_freed() -> None:
     model = network()
     plan, keep = plan_and_keep(model)
-    small = shrink(model, plan, keep).model
+    small = remove_units(model, plan, keep).model
     watched = weakref.ref(model.stem.weight)
     del model
     gc.collect()
@@ -183,8 +188,8 @@ def test_masks_zero_rows_columns_and_norm_parameters() -> None:
 
 def test_two_rounds_compose_to_one_lineage() -> None:
     model = network().eval()
-    first = shrink(model, *plan_and_keep(model, 0.25, 1))
-    second = shrink(first.model, *plan_and_keep(first.model, 0.5, 2))
+    first = remove_units(model, *plan_and_keep(model, 0.25, 1))
+    second = remove_units(first.model, *plan_and_keep(first.model, 0.5, 2))
     lineage = second.lineage.after(first.lineage)
     again = rebuild(model, Lineage.from_dict(json.loads(json.dumps(lineage.to_dict()))))
     assert torch.equal(again(images()), second.model(images()))
@@ -210,9 +215,9 @@ def test_attention_scale_composes_over_rounds() -> None:
     lineage, now = Lineage(), model
     for seed in (1, 2):
         plan = analyse(now, x)
-        keep = select(plan, np.random.default_rng(seed).random(plan.size), 0.5)
-        shrunk = shrink(now, plan, keep)
-        assert masked.difference(now, shrunk, x) < 1e-12
+        keep = lowest_units(plan, np.random.default_rng(seed).random(plan.size), 0.5)
+        shrunk = remove_units(now, plan, keep)
+        assert reference.difference(now, shrunk, x) < 1e-12
         lineage, now = shrunk.lineage.after(lineage), shrunk.model
     assert torch.allclose(rebuild(model, lineage)(x), now(x), rtol=1e-12)
     assert now.att.embed_dim == 4 and now.att.head_dim == 2
@@ -220,7 +225,7 @@ def test_attention_scale_composes_over_rounds() -> None:
 
 def test_state_dict_of_the_small_network_loads_into_the_rebuilt_one() -> None:
     model = network().eval()
-    shrunk = shrink(model, *plan_and_keep(model))
+    shrunk = remove_units(model, *plan_and_keep(model))
     other = rebuild(network(seed=5).eval(), shrunk.lineage)
     other.load_state_dict(shrunk.model.state_dict())
     assert torch.equal(other(images()), shrunk.model(images()))
@@ -254,14 +259,14 @@ def test_emptying_an_axis_is_refused() -> None:
     plan = analyse(model, images())
     keep = np.zeros(plan.size, dtype=bool)
     with pytest.raises(SurgeryError, match="nothing would be left"):
-        shrink(model, plan, keep)
+        remove_units(model, plan, keep)
 
 
 def test_keep_of_another_length_is_refused() -> None:
     model = network()
     plan = analyse(model, images())
     with pytest.raises(SurgeryError, match="bools"):
-        shrink(model, plan, np.ones(3, dtype=bool))
+        remove_units(model, plan, np.ones(3, dtype=bool))
 
 
 def test_a_choice_that_breaks_a_literal_falls_back_to_less_pruning() -> None:
@@ -281,11 +286,11 @@ def test_a_choice_that_breaks_a_literal_falls_back_to_less_pruning() -> None:
     model = Literal().eval()
     plan = analyse(model, images())
     assert len(plan.families) == 2
-    keep = select(plan, None, 0.25)
-    shrunk = shrink(model, plan, keep)
+    keep = lowest_units(plan, None, 0.25)
+    shrunk = remove_units(model, plan, keep)
     assert shrunk.model.a.out_channels == 6 and shrunk.model.b.out_channels == 8
     assert any("eight or four" in warning for warning in shrunk.plan.warnings)
-    assert masked.difference(model, shrunk, images()) < 1e-5
+    assert reference.difference(model, shrunk, images()) < 1e-5
 
 
 def test_model_that_cannot_be_copied_is_refused() -> None:
@@ -293,7 +298,7 @@ def test_model_that_cannot_be_copied_is_refused() -> None:
     model.lock = (_ for _ in range(3))  # generators can't be copied
     plan = analyse(model, images())
     with pytest.raises(SurgeryError, match="can't be copied"):
-        shrink(model, plan, select(plan, None, 0.5))
+        remove_units(model, plan, lowest_units(plan, None, 0.5))
 
 
 def test_recurrent_layers_keep_running() -> None:
@@ -312,8 +317,8 @@ def test_recurrent_layers_keep_running() -> None:
     torch.manual_seed(0)
     model, x = Recurrent().double(), torch.randn(4, 2, 3, dtype=torch.float64)
     plan = analyse(model, x)
-    shrunk = shrink(model, plan, select(plan, None, 0.5))
-    assert masked.difference(model, shrunk, x) < 1e-10
+    shrunk = remove_units(model, plan, lowest_units(plan, None, 0.5))
+    assert reference.difference(model, shrunk, x) < 1e-10
     assert shrunk.model.a.out_features == 4 and shrunk.model.rnn.input_size == 4
     shrunk.model(x).sum().backward()
 
@@ -335,11 +340,11 @@ def test_attention_with_separate_projections_shrinks_with_its_embedding() -> Non
     model = nn.Sequential(nn.Linear(5, 16), Attention(16, 2), nn.Linear(16, 3)).double().eval()
     x = torch.randn(2, 7, 5, dtype=torch.float64)
     plan = analyse(model, x)
-    shrunk = shrink(model, plan, select(plan, None, 0.5))
+    shrunk = remove_units(model, plan, lowest_units(plan, None, 0.5))
     attention = shrunk.model[1]
     assert attention.q.weight.shape == (8, 8) and attention.kv.weight.shape == (16, 8)
     assert attention.num_heads * attention.head_dim == 8
-    assert masked.difference(model, shrunk, x) < 1e-10
+    assert reference.difference(model, shrunk, x) < 1e-10
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -352,9 +357,9 @@ def test_padded_shortcuts_follow_any_choice_of_channels(seed: int) -> None:
     for number, family in enumerate(plan.families):
         order = np.random.default_rng([seed, number]).permutation(family.units)
         keep[order[: len(order) // 2]] = False
-    small = shrink(model, plan, keep)
+    small = remove_units(model, plan, keep)
     assert (small.keep == keep).all(), "nothing had to be kept beyond what was asked"
-    assert masked.difference(model, small, x) < 1e-5
+    assert reference.difference(model, small, x) < 1e-5
     assert sum(parameter.numel() for parameter in small.model.parameters()) == plan.count(keep).params
     again = rebuild(model, small.lineage)
     again.load_state_dict(small.model.state_dict())

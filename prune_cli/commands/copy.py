@@ -6,9 +6,9 @@ import re
 import sys
 from pathlib import Path
 
-from prune_cli.artifacts import write_text
-from prune_cli.config import options
+from prune_cli.config.locations import options
 from prune_cli.errors import ConfigError, nearest
+from prune_cli.files.artifacts import write_text
 
 HELP = """usage: prune copy RECIPE NEW
 

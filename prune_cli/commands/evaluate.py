@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prune_cli import artifacts
-from prune_cli.config import compose
+from prune_cli.config.compose import compose
 from prune_cli.errors import CheckpointError, ConfigError
+from prune_cli.files import artifacts
 
 HELP = """usage: prune evaluate PATH [model=NAME] [dataset=NAME] [split=test|val|train] [key=value ...]
 
@@ -45,10 +45,15 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
-    from prune_cli import compressed, loading, measure, pipeline, pruned
-    from prune_cli.checkpoints import load_weights
+    from prune_cli.compression import container
     from prune_cli.console import count
-    from prune_cli.store import read_checkpoint
+    from prune_cli.files import pruned
+    from prune_cli.files.weights import load_weights
+    from prune_cli.measure import accuracy
+    from prune_cli.measure import cost as measure
+    from prune_cli.pipeline import build as pipeline
+    from prune_cli.pipeline import loading
+    from prune_cli.pipeline.store import read_checkpoint
 
     device = pipeline.choose_device(config.get("device", "auto"))
     data = pipeline.build_data(config, device)
@@ -56,7 +61,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"split={split} is empty; set dataset.val to a fraction")
     build = loading.build_architecture(config["model"], data, "", 0).build
     masks = {}
-    small = subject.config.get("model") is not None and compressed.is_compressed(subject.path)
+    small = subject.config.get("model") is not None and container.is_compressed(subject.path)
     if small:
         model, _ = pruned.load_compressed(subject.path, build())
     elif subject.path.is_dir():
@@ -70,7 +75,7 @@ def main(arguments: list[str]) -> int:
         model = build()
         load_weights(model, subject.path)
     model = model.to(device).eval()
-    found = measure.accuracy(model, data.evaluation(split, 500))
+    found = accuracy.accuracy(model, data.evaluation(split, 500))
     cost = measure.cost(model, torch.zeros(1, *data.shape, device=device), masks)
     sparse = bool(masks) or (small and cost.macs_nonzero < cost.macs)
     sys.stdout.write(
@@ -97,7 +102,7 @@ def find_subject(path: Path) -> Subject:
         stored = json.loads((path / artifacts.CHECKPOINT).read_text())
         return Subject(path, config | {"model": stored["model"]}, stored)
     if (path / artifacts.PRUNED).is_file():
-        from prune_cli import pruned
+        from prune_cli.files import pruned
 
         record = pruned.read(path).record
         return Subject(path, config | {"model": dict(record.node)})
@@ -121,9 +126,10 @@ def _config(run: Path) -> dict[str, Any]:
 
 def _file(path: Path) -> Subject:
     """A file of weights; a compressed one may know its network, and lie in the run folder that it came from."""
-    from prune_cli import compressed, pruned
+    from prune_cli.compression import container
+    from prune_cli.files import pruned
 
-    if not compressed.is_compressed(path) or compressed.open_compressed(path).network is None:
+    if not container.is_compressed(path) or container.open_compressed(path).network is None:
         return Subject(path, {})
     return Subject(path, _config(path.resolve().parent.parent) | {"model": dict(pruned.read_compressed(path).node)})
 
@@ -193,9 +199,9 @@ def _require_ours(node: dict[str, Any], group: str) -> None:
             f"{group}: these files name code outside prune ({target}); if you trust it, name it again with {group}=OPTION"
         )
     if group == "model":
-        from prune_cli import pruned
+        from prune_cli.files import builders
 
-        pruned.require_ours(node, "model")
+        builders.require_ours(node, "model")
     for key, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             raise CheckpointError(

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     if given.opset is not None and not given.onnx:
         raise ConfigError("prune export: --opset is for --onnx FILE, which is not given")
 
-    from prune_cli import exporting
+    from prune_cli.files import exporting
 
     if given.onnx or given.compare:
         exporting.require_onnx()
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _report(path: Path, worst: float, how: str) -> None:
-    from prune_cli.exporting import BATCHES, TOLERANCE
+    from prune_cli.files.exporting import BATCHES, TOLERANCE
 
     sizes = " and ".join(map(str, BATCHES))
     sys.stdout.write(
@@ -78,7 +78,7 @@ def _report(path: Path, worst: float, how: str) -> None:
 
 def _times(path: Path | None, small: Any, dense: Any, shape: tuple[int, ...], opset: int | None) -> None:
     """Prints onnxruntime's latency of the exported network, and of the dense one where it is given."""
-    from prune_cli.exporting import onnx_speed, to_onnx
+    from prune_cli.files.exporting import onnx_speed, to_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
@@ -102,11 +102,11 @@ def _times(path: Path | None, small: Any, dense: Any, shape: tuple[int, ...], op
 
 def _networks(path: Path, overrides: list[str]) -> tuple[Any, Any, tuple[int, ...]]:
     """The network of a folder, a dense one of its architecture, and the shape of an input."""
-    from prune_cli import pruned
     from prune_cli.commands.evaluate import find_subject
-    from prune_cli.config import compose
-    from prune_cli.loading import load_model
-    from prune_cli.store import read_checkpoint
+    from prune_cli.config.compose import compose
+    from prune_cli.files import builders, pruned
+    from prune_cli.pipeline.loading import load_model
+    from prune_cli.pipeline.store import read_checkpoint
 
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; give a run folder, a stage folder or one with pruned.yaml")
@@ -124,7 +124,7 @@ def _networks(path: Path, overrides: list[str]) -> tuple[Any, Any, tuple[int, ..
 
     def build() -> Any:
         if overrides:
-            return pruned.construct(compose(overrides).config["model"], classes, tuple(shape))
-        return pruned.build(subject.config["model"], classes, tuple(shape), str(subject.path))
+            return builders.construct(compose(overrides).config["model"], classes, tuple(shape))
+        return builders.build(subject.config["model"], classes, tuple(shape), str(subject.path))
 
     return load_model(subject.path, build), build().eval(), tuple(shape)

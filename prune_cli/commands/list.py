@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from prune_cli.config import GROUPS, description, options
+from prune_cli.config.locations import GROUPS, description, options
 from prune_cli.errors import ConfigError, nearest
 
 HELP = f"""usage: prune list [GROUP]

@@ -17,9 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from prune_cli import artifacts
-from prune_cli.config import compose, hydra_arguments, plain, require_recipe, shipped, translate
+from prune_cli.config.compose import compose, hydra_arguments, plain, require_recipe, translate
+from prune_cli.config.locations import shipped
 from prune_cli.errors import ConfigError, Interrupted, PruneError
+from prune_cli.files import artifacts
 
 log = logging.getLogger("prune_cli")
 
@@ -69,7 +70,7 @@ def _processes() -> int:
 
 
 def _leave_group() -> NoReturn:
-    from prune_cli.processes import leave
+    from prune_cli.training.distributed import leave
 
     leave()
 
@@ -172,19 +173,19 @@ def _job(config: DictConfig, settings: Any, folder: Path) -> None:
 
 def _stages(content: dict[str, Any], choices: dict[str, str], folder: Path) -> list[Any]:
     """Builds and runs the pipeline among the processes of the run; returns the rows on rank 0."""
-    from prune_cli import pipeline
     from prune_cli.console import Console, tensorboard
-    from prune_cli.processes import joined
-    from prune_cli.signals import polite
-    from prune_cli.store import Store, default_root
+    from prune_cli.pipeline import build, run, step
+    from prune_cli.pipeline.store import Store, default_root
+    from prune_cli.signals import graceful_stop
+    from prune_cli.training.distributed import joined
 
     store = Store(default_root())
-    with polite() as interrupted, joined(pipeline.choose_device(content.get("device", "auto"))) as world:
+    with graceful_stop() as interrupted, joined(build.choose_device(content.get("device", "auto"))) as world:
         world.agree("the config", json.dumps(content, sort_keys=True))
         with tensorboard(folder) if content.get("tensorboard") and world.main else nullcontext() as scalar:
-            built = pipeline.build(content, choices, Console(scalar=scalar), store)
-            built = pipeline.within(built, interrupted, world)
-            return pipeline.run(built, store, folder, latency=bool(content.get("latency")))
+            built = build.build(content, choices, Console(scalar=scalar), store)
+            built = step.within(built, interrupted, world)
+            return run.run(built, store, folder, latency=bool(content.get("latency")))
 
 
 def _logging(folder: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from prune_cli.config import compose, require_recipe
+from prune_cli.config.compose import compose, require_recipe
 
 HELP = """usage: prune show recipe=NAME [key=value ...] [--estimate]
 
@@ -28,13 +28,14 @@ def main(arguments: list[str]) -> int:
 
     import yaml
 
-    from prune_cli import measure, pipeline
     from prune_cli.console import Console, count
-    from prune_cli.store import Store, default_root
+    from prune_cli.measure import cost as measure
+    from prune_cli.pipeline import build
+    from prune_cli.pipeline.store import Store, default_root
 
     sys.stdout.write(yaml.safe_dump(composed.config, sort_keys=False) + "\n")
     store = Store(default_root())
-    built = pipeline.build(composed.config, composed.choices, Console(), store)
+    built = build.build(composed.config, composed.choices, Console(), store)
     state = built.state
     data = state.data
     cost = measure.cost(state.model, state.example_inputs(), state.masks)
@@ -70,7 +71,7 @@ def _facts(step: Any, state: Any) -> str:
 def _estimate(built: Any) -> None:
     """Times one training batch of every stage that trains, and prints steps, disk and time."""
     from prune_cli.console import clock
-    from prune_cli.measure import cost as count_cost
+    from prune_cli.measure.cost import cost as count_cost
 
     total, disk = 0.0, 0
     bytes_per_stage = count_cost(built.state.model, built.state.example_inputs(), {}).bytes

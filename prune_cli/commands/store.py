@@ -6,8 +6,8 @@ import csv
 import sys
 from pathlib import Path
 
-from prune_cli.artifacts import CHECKPOINT, RESULTS
 from prune_cli.errors import ConfigError
+from prune_cli.files.artifacts import CHECKPOINT, RESULTS
 
 HELP = """usage: prune store [--gc [OUTPUTS]]
 
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     if set(arguments) & {"-h", "--help"}:
         sys.stdout.write(HELP)
         return 0
-    from prune_cli.store import Store, default_root, size
+    from prune_cli.pipeline.store import Store, default_root, size
 
     store = Store(default_root())
     if arguments and arguments[0] == "--gc" and len(arguments) <= 2:

@@ -84,7 +84,7 @@ class Criterion:
     """A criterion option.
 
     Attributes:
-        score: LayerView -> scores, higher = keep; shaped like the weight for `element`, (channels,) for `channel`.
+        score: layerView -> scores, higher = keep; shaped like the weight for `element`, (channels,) for `channel`.
             Element scores pool to coarser units by summation.
         level: what one score stands for.
         needs: what `score` reads besides weight, bias and generator; see the top of this file.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.errors import ConfigError
-from prune_cli.measure import composed_attention, evaluating
+from prune_cli.structure.modes import composed_attention, evaluating
 
-NORMS = (
+LINEAR_NORMS = (
     nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm,
 )  # fmt: skip
 
@@ -74,7 +74,7 @@ def _without_norms(model: nn.Module) -> Iterator[None]:
     handles = [
         module.register_forward_hook(lambda module, inputs, output: inputs[0])
         for module in model.modules()
-        if isinstance(module, NORMS)
+        if isinstance(module, LINEAR_NORMS)
     ]
     try:
         yield

@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from prune_cli.criteria import sites
 from prune_cli.criteria.criterion import Criterion, LayerView, Norm
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import targets
+from prune_cli.structure import prunable
 
 
 def score_of(
@@ -54,10 +53,10 @@ def _view(model: nn.Module, name: str, seed: int) -> LayerView:
     bias = getattr(module, "bias", None)
     return LayerView(
         name,
-        targets.weight_of(model, name).detach(),
+        prunable.weight_of(model, name).detach(),
         None if bias is None else bias.detach(),
         torch.Generator().manual_seed(seed),
-        axis=sites.output_axis(model, name),
+        axis=prunable.output_axis(model, name),
     )
 
 

@@ -29,13 +29,13 @@ from torch.utils._pytree import tree_leaves
 
 from prune_cli.criteria.criterion import At, Norm
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import targets
-from prune_cli.measure import composed_attention, evaluating
+from prune_cli.structure import prunable
+from prune_cli.structure.modes import composed_attention, evaluating
 
 # Position of the input and of the weight among the arguments of an operator that multiplies with a weight.
 LAYERS = {"convolution": (0, 1), "linear": (0, 1), "mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 # Position of scale and shift among the arguments of a norm.
-NORMS = {
+NORM_ARGUMENTS = {
     "native_batch_norm": (1, 2), "_native_batch_norm_legit": (1, 2), "_native_batch_norm_legit_no_training": (1, 2),
     "_batch_norm_with_update": (1, 2), "_batch_norm_no_update": (1, 2), "cudnn_batch_norm": (1, 2),
     "miopen_batch_norm": (1, 2), "native_layer_norm": (2, 3), "native_group_norm": (1, 2), "_fused_rms_norm": (2, 2),
@@ -49,7 +49,7 @@ POOLING = {
 ELEMENTWISE = {"hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "_prelu_kernel", "log_sigmoid_forward"}
 
 
-Pair = tuple[str | None, str | None]
+NormNames = tuple[str | None, str | None]
 """Parameter names of a norm's scale and shift; None where absent."""
 
 
@@ -65,7 +65,7 @@ class Site:
 
     weight: str
     steps: int
-    norm: Pair | None
+    norm: NormNames | None
 
     def wanted(self, at: At) -> int:
         """How many steps behind the layer its outputs are measured."""
@@ -78,14 +78,14 @@ class Sites:
 
     sites: tuple[Site, ...] = ()
 
-    def norm_of(self, weight: str) -> Pair | None:
+    def norm_of(self, weight: str) -> NormNames | None:
         """The norm behind a layer; None without one, or if several executions have different ones."""
         found = {site.norm for site in self.sites if site.weight == weight}
         return found.pop() if len(found) == 1 else None
 
 
 @dataclass
-class Trail:
+class TrackedOutput:
     """An output of a layer on its way through the network.
 
     Attributes:
@@ -105,22 +105,22 @@ class Trail:
     steps: int = 0
     settled: int = 0
     elementwise: bool = False
-    norm: Pair | None = None
+    norm: NormNames | None = None
 
 
-Layer = Callable[[Trail, str, tuple[Any, ...], Any], None]
+Layer = Callable[[TrackedOutput, str, tuple[Any, ...], Any], None]
 """Told of every layer that ran: its output's trail, the operator, its arguments and its result."""
 
-Reached = Callable[[Trail], bool]
+Reached = Callable[[TrackedOutput], bool]
 """Told of every place that an output reaches; whether to follow it further."""
 
 
-class Follow(TorchDispatchMode):
+class OutputTracker(TorchDispatchMode):
     """Follows the outputs of a network's layers while it runs, keeping no more than one tensor per output."""
 
     def __init__(self, model: nn.Module, reached: Reached, layer: Layer | None = None) -> None:
         super().__init__()
-        layers = targets.layers(model)
+        layers = prunable.layers(model)
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.biases = {f"{name}.weight": getattr(module, "bias", None) for name, module in layers.items()}
         self.weights: dict[int, tuple[str, Tensor]] = {  # weights and views of them, kept so that ids stay theirs
@@ -128,7 +128,7 @@ class Follow(TorchDispatchMode):
             for name, module in layers.items()
             if (weight := module._parameters.get("weight")) is not None  # not computed from others
         }
-        self.trails: dict[int, list[Trail]] = {}
+        self.trails: dict[int, list[TrackedOutput]] = {}
         self.reached, self.layer = reached, layer
         self.count = 0
 
@@ -159,7 +159,7 @@ class Follow(TorchDispatchMode):
                 self.reached(trail)
         self.trails.clear()
 
-    def _follow(self, trail: Trail) -> None:
+    def _follow(self, trail: TrackedOutput) -> None:
         self.trails.setdefault(id(trail.values), []).append(trail)
 
     def _start(self, call: _Call) -> None:
@@ -169,14 +169,16 @@ class Follow(TorchDispatchMode):
         name = known[0]
         axis = 1 if call.name == "convolution" else call.output.dim() - 1
         bias = self.biases[name]
-        trail = Trail(name, self.count, call.output, axis, None if any(leaf is bias for leaf in call.inputs) else bias)
+        trail = TrackedOutput(
+            name, self.count, call.output, axis, None if any(leaf is bias for leaf in call.inputs) else bias
+        )
         self.count += 1
         if self.layer is not None:
             self.layer(trail, call.name, call.args, call.output)
         if trail.bias is not None or self.reached(trail):
             self._follow(trail)
 
-    def _advance(self, trail: Trail, call: _Call) -> bool:
+    def _advance(self, trail: TrackedOutput, call: _Call) -> bool:
         """Moves a trail over an operator that reads it; whether to go on."""
         tensor = trail.values
         if (moved := _moved(call, trail)) is not None:
@@ -191,7 +193,7 @@ class Follow(TorchDispatchMode):
             go_on = self.reached(trail)
             if added or not go_on:
                 return go_on
-        if call.name in NORMS and same and call.inputs[0] is tensor:
+        if call.name in NORM_ARGUMENTS and same and call.inputs[0] is tensor:
             pair = self._norm(call, tensor.shape[trail.axis])
             if pair is None:
                 return False
@@ -205,10 +207,10 @@ class Follow(TorchDispatchMode):
             trail.settled = trail.steps
         return self.reached(trail)
 
-    def _norm(self, call: _Call, channels: int) -> Pair | None:
+    def _norm(self, call: _Call, channels: int) -> NormNames | None:
         """Parameter names of scale and shift; None if they are not one number per channel."""
         found: list[str | None] = []
-        for position in NORMS[call.name]:
+        for position in NORM_ARGUMENTS[call.name]:
             value = call.args[position] if position < len(call.args) else None
             if value is not None and value.numel() != channels:
                 return None
@@ -232,8 +234,8 @@ def find(model: nn.Module, example_inputs: Tensor) -> Sites:
         model: put into eval mode by the caller; nothing is changed.
         example_inputs: (n, ...) images; only the shapes count.
     """
-    trails: list[Trail] = []
-    follow = Follow(model, lambda trail: True, lambda trail, *call: trails.append(trail))
+    trails: list[TrackedOutput] = []
+    follow = OutputTracker(model, lambda trail: True, lambda trail, *call: trails.append(trail))
     with torch.no_grad(), composed_attention(), follow:
         model(example_inputs[:1])
     return Sites(tuple(Site(trail.weight, trail.settled, trail.norm) for trail in trails))
@@ -247,14 +249,14 @@ def measure(model: nn.Module, images: Tensor, sites: Sites, at: At, layer: Layer
     """
     left = {number: site.weight for number, site in enumerate(sites.sites)}
 
-    def reached(trail: Trail) -> bool:
+    def reached(trail: TrackedOutput) -> bool:
         if left.get(trail.number) != trail.weight or trail.steps < sites.sites[trail.number].wanted(at):
             return True
         del left[trail.number]
         outputs(trail)
         return False
 
-    follow = Follow(model, reached, layer)
+    follow = OutputTracker(model, reached, layer)
     with torch.no_grad(), composed_attention(), follow:
         model(images)
     follow.finish()
@@ -278,7 +280,7 @@ def norms(model: nn.Module, example_inputs: Tensor) -> dict[str, Norm]:
     return {name: Norm(values(pair[0]), values(pair[1])) for name, pair in pairs.items() if pair is not None}
 
 
-def _moved(call: _Call, trail: Trail) -> int | None:
+def _moved(call: _Call, trail: TrackedOutput) -> int | None:
     """The channel axis after a change of layout; None for anything else, or when channels get mixed."""
     tensor, axis, output = trail.values, trail.axis, call.output
     if not call.inputs or call.inputs[0] is not tensor:
@@ -296,8 +298,3 @@ def _moved(call: _Call, trail: Trail) -> int | None:
         if axis == tensor.dim() - 1 and output.shape[-1] == tensor.shape[-1]:
             return output.dim() - 1
     return None
-
-
-def output_axis(model: nn.Module, name: str) -> int:
-    """Axis of a weight along which the layer's output channels lie: 1 for transposed convolutions, else 0."""
-    return int(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd))

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from prune_cli.criteria import sites as finding
 from prune_cli.criteria.criterion import At, Need
 from prune_cli.criteria.flow import synaptic_flow
-from prune_cli.criteria.sites import LAYERS, Sites, Trail, output_axis
-from prune_cli.granularities import targets
-from prune_cli.measure import composed_attention, evaluating
+from prune_cli.criteria.sites import LAYERS, Sites, TrackedOutput
+from prune_cli.structure import prunable
+from prune_cli.structure.modes import composed_attention, evaluating
+from prune_cli.structure.prunable import output_axis
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, images, labels) -> mean loss of the batch, a scalar."""
@@ -35,7 +36,7 @@ RANK_ELEMENTS = 1 << 22  # entries of feature maps whose ranks are computed at a
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which training images criteria see: fixed ones, classes as equal as possible, not augmented.
+    """LayerSelector training images criteria see: fixed ones, classes as equal as possible, not augmented.
 
     Attributes:
         images: how many; all there are if there are fewer.
@@ -46,7 +47,7 @@ class Calibration:
     batch_size: Annotated[int, Field(ge=1)] = 64
 
 
-class Total:
+class RunningSum:
     """A running sum and how many values it is of. Adding two processes' totals gives the total of both."""
 
     def __init__(self) -> None:
@@ -103,7 +104,7 @@ OUTPUTS: Mapping[str, Callable[[Tensor, int], tuple[Tensor, int]]] = {
 
 
 @dataclass(frozen=True)
-class Slope:
+class GradientSample:
     """A layer's weight, the gradient of a batch's loss there, and per channel g * scale + g * shift of its norm."""
 
     weight: Tensor
@@ -112,21 +113,21 @@ class Slope:
     axis: int
 
 
-def _taylor(slope: Slope) -> Tensor:
+def _taylor(slope: GradientSample) -> Tensor:
     return (slope.gradient * slope.weight).square()
 
 
-def _taylor_filter(slope: Slope) -> Tensor:
+def _taylor_filter(slope: GradientSample) -> Tensor:
     products = (slope.gradient * slope.weight).movedim(slope.axis, 0).flatten(1)
     return products.sum(1, dtype=_wide(products.device)).square()
 
 
-def _taylor_gate(slope: Slope) -> Tensor:
+def _taylor_gate(slope: GradientSample) -> Tensor:
     return slope.gate.to(_wide(slope.gate.device)).square()
 
 
 # What is taken of gradients, once per batch; `gradient` itself is weighted with the batch's images.
-SLOPES: Mapping[str, Callable[[Slope], Tensor]] = {
+GRADIENT_SAMPLES: Mapping[str, Callable[[GradientSample], Tensor]] = {
     "taylor": _taylor,
     "taylor_filter": _taylor_filter,
     "taylor_gate": _taylor_gate,
@@ -161,16 +162,15 @@ def collect(
 
     Returns:
         Parameter name -> need -> tensor. Outputs of a layer that did not run are absent, and everything of a weight
-        that is computed from other parameters; where the loss does not
-        depend on a weight, its gradient is 0.
+        that is computed from other parameters; where the loss does not depend on a weight, its gradient is 0.
 
     Raises:
         ConfigError: the network's operators differ from batch to batch.
     """
-    names = list(names) if names is not None else [f"{name}.weight" for name in targets.layers(model)]
+    names = list(names) if names is not None else [f"{name}.weight" for name in prunable.layers(model)]
     chosen = [need for need in needs if need not in ("norm", "n_keep", "movement", "synaptic_flow")]
     found: Statistics = {name: {} for name in names}
-    names = [name for name in names if isinstance(targets.weight_of(model, name), nn.Parameter)]
+    names = [name for name in names if isinstance(prunable.weight_of(model, name), nn.Parameter)]
     if "synaptic_flow" in needs:
         for name, value in synaptic_flow(model, example_inputs, names).items():
             found[name]["synaptic_flow"] = value
@@ -195,11 +195,11 @@ def _totals(
     example_inputs: Tensor,
     at: At,
     names: Sequence[str],
-) -> dict[tuple[str, str], Total]:
+) -> dict[tuple[str, str], RunningSum]:
     """The sums over all batches, not yet divided by anything."""
-    totals = {(name, need): Total() for name in names for need in needs}
+    totals = {(name, need): RunningSum() for name in names for need in needs}
     watched = [need for need in needs if need in OUTPUTS or need == "input_norm"]
-    sloped = [need for need in needs if need in SLOPES or need == "gradient"]
+    sloped = [need for need in needs if need in GRADIENT_SAMPLES or need == "gradient"]
     with evaluating(model), composed_attention():
         places = finding.find(model, example_inputs) if watched or "taylor_gate" in needs else Sites()
         for images, labels in batches:
@@ -215,18 +215,23 @@ def _totals(
 
 
 def _watch(
-    model: nn.Module, images: Tensor, places: Sites, needs: Sequence[str], at: At, totals: dict[tuple[str, str], Total]
+    model: nn.Module,
+    images: Tensor,
+    places: Sites,
+    needs: Sequence[str],
+    at: At,
+    totals: dict[tuple[str, str], RunningSum],
 ) -> None:
     """One forward pass, measured operator by operator."""
     measured = {name for name, _ in totals}
     asked = [need for need in needs if need in OUTPUTS]
 
-    def layer(trail: Trail, name: str, args: tuple[Any, ...], result: Any) -> None:
+    def layer(trail: TrackedOutput, name: str, args: tuple[Any, ...], result: Any) -> None:
         if "input_norm" in needs and trail.weight in measured:
             weight = model.get_parameter(trail.weight)
             totals[trail.weight, "input_norm"].add(_input_squares(name, args, result, weight), 1)
 
-    def outputs(trail: Trail) -> bool:
+    def outputs(trail: TrackedOutput) -> bool:
         if trail.weight in measured:
             for need in asked:
                 totals[trail.weight, need].add(*OUTPUTS[need](trail.values, trail.axis))
@@ -257,7 +262,7 @@ def _input_squares(name: str, args: tuple[Any, ...], result: Tensor, weight: Ten
 
 
 def _met(at: int, stride: int, padding: int, dilation: int, size: int, outputs: int, transposed: bool) -> slice:
-    """Which inputs along one axis a kernel position multiplies: of the padded ones, or of a transposed layer's own."""
+    """LayerSelector inputs along one axis a kernel position multiplies: of the padded ones, or of a transposed layer's own."""
     start = at * dilation
     if not transposed:
         return slice(start, start + (outputs - 1) * stride + 1, stride)
@@ -273,7 +278,7 @@ def _slopes(
     loss: Loss,
     places: Sites,
     needs: Sequence[str],
-    totals: dict[tuple[str, str], Total],
+    totals: dict[tuple[str, str], RunningSum],
 ) -> None:
     """One backward pass."""
     images, labels = batch
@@ -288,12 +293,12 @@ def _slopes(
         for part in norms.get(name, ()):
             if part is not None:
                 gate = gate + gradients[part] * model.get_parameter(part).detach()
-        slope = Slope(weight, gradients[name], gate, axis)
+        slope = GradientSample(weight, gradients[name], gate, axis)
         for need in needs:
             if need == "gradient":
                 totals[name, need].add(slope.gradient * len(images), len(images))
             else:
-                totals[name, need].add(SLOPES[need](slope), 1)
+                totals[name, need].add(GRADIENT_SAMPLES[need](slope), 1)
 
 
 def _gradients(model: nn.Module, loss: Loss, images: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -322,7 +327,7 @@ def _differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _finished(model: nn.Module, name: str, need: str, total: Total) -> Tensor:
+def _finished(model: nn.Module, name: str, need: str, total: RunningSum) -> Tensor:
     """Sums turned into what the criteria read."""
     assert total.sum is not None
     weight, axis = model.get_parameter(name), output_axis(model, name)

@@ -1,8 +1,7 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from the files their author publishes.
 
-The binary version is read as it is. The Python version is a pickle: its files are read only if their MD5 is
-that of the published ones, and even then by an unpickler that can build nothing but lists, dicts, strings
-and arrays.
+The binary version is read as it is. The Python version is a pickle: its files are read only if their MD5 is that of the
+published ones, and even then by an unpickler that can build nothing but lists, dicts, strings and arrays.
 """
 
 from __future__ import annotations

@@ -75,8 +75,7 @@ def read_batch(raw: bytes, label_key: bytes, path: Path) -> tuple[np.ndarray, np
         path: named in errors.
 
     Raises:
-        DataError: the pickle asks for anything but plain containers and uint8 arrays, or holds something
-        else.
+        DataError: the pickle asks for anything but plain containers and uint8 arrays, or holds something else.
     """
     try:
         batch = _Unpickler(io.BytesIO(raw), encoding="bytes").load()

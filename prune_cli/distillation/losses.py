@@ -31,7 +31,7 @@ def hinton(
     T^2 keeps the size of the gradient while T changes. KL is a mean over images.
 
     Args:
-        temperature: T > 0; 1 compares the plain probabilities.
+        temperature: t > 0; 1 compares the plain probabilities.
         alpha: weight of the teacher in [0, 1]; 0 is plain cross entropy.
 
     Raises:

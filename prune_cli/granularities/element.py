@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.allot import Group
-from prune_cli.granularities.granularity import Context
+from prune_cli.granularities.units import Context, Group
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_cli import surgery
-from prune_cli.channels import analyse
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.criteria.sites import output_axis
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.allot import Group, Structure, Vote
-from prune_cli.granularities.granularity import Context, FindPlan
-from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import weight_of
+from prune_cli.granularities.units import Context, FindPlan, Group, Structure, Vote
 from prune_cli.masks import Masks
-from prune_cli.plan import Family, Plan
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.structure import slicing, surgery
+from prune_cli.structure.follow import analyse
+from prune_cli.structure.plan import Family, Plan
+from prune_cli.structure.prunable import output_axis, weight_of
 
 Reduce = Literal["sum", "mean", "max", "first", "product"]
 
@@ -97,20 +95,20 @@ class Filter:
             structure=Structure(plan, family.units),
         )
 
-    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """A smaller dense tensor, and one bit per channel: of weights, and of the biases and norms that go along."""
-        return {name: Form("filters") for name, _ in model.named_parameters()}
+        return {name: MaskFormat("filters") for name, _ in model.named_parameters()}
 
     def shrink(
         self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
     ) -> surgery.Shrunk:
         """The network without the channels of which the masks leave nothing."""
         found = plan() if plan else analyse(model, example_inputs)
-        return surgery.shrink(model, found, kept_units(model, found, masks))
+        return surgery.remove_units(model, found, kept_units(model, found, masks))
 
 
 def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:
-    """Which units have anything left, in any of their parameters: one bool per unit id."""
+    """LayerSelector units have anything left, in any of their parameters: one bool per unit id."""
     keep = np.zeros(plan.size, dtype=bool)
     parameters = dict(model.named_parameters())  # a tensor that layers share has one mask
     for name, axes in plan.axes.items():
@@ -207,7 +205,7 @@ def _votes(context: Context, plan: Plan, family: Family, dead: Tensor) -> tuple[
 
 
 def _alive(context: Context, plan: Plan, family: Family) -> Tensor:
-    """Which units are not masked away already, by unit id: those with a producer row that has something left."""
+    """LayerSelector units are not masked away already, by unit id: those with a producer row that has something left."""
     masked = [(name, axis) for name, axis in family.producers if name in context.masked]
     if not masked:
         return torch.ones(plan.size, dtype=torch.bool)
@@ -222,4 +220,4 @@ def _alive(context: Context, plan: Plan, family: Family) -> Tensor:
 def _masks(model: nn.Module, plan: Plan, family: Family, keep: Tensor) -> dict[str, Tensor]:
     chosen: np.ndarray = plan.everything()
     chosen[family.units] = keep.cpu().numpy()
-    return surgery.structured_masks(model, plan, chosen)
+    return slicing.structured_masks(model, plan, chosen)

@@ -10,11 +10,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.granularities.allot import Group
-from prune_cli.granularities.granularity import Context
-from prune_cli.granularities.spatial import check_scores, fitting, many_positions
-from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import layers
+from prune_cli.granularities.spatial import check_scores, many_positions, with_such_units
+from prune_cli.granularities.units import Context, Group
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.structure.prunable import layers
 
 NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 kernel is a single weight)"
 
@@ -32,16 +31,18 @@ class Kernel:
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
         """Kernels need scores per element and kernels larger than 1x1."""
         check_scores("kernel", ratios, criterion)
-        fitting(model, ratios, many_positions, "kernel", NEEDS)
+        with_such_units(model, ratios, many_positions, "kernel", NEEDS)
 
     def groups(self, context: Context) -> list[Group]:
         """One group per convolution."""
-        asked = fitting(context.model, context.ratios, many_positions, "kernel", NEEDS)
+        asked = with_such_units(context.model, context.ratios, many_positions, "kernel", NEEDS)
         return [group(context, name, ratio) for name, ratio in asked.items()]
 
-    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept kernels' values and one bit per kernel."""
-        return {f"{name}.weight": Form("kernel") for name, module in layers(model).items() if many_positions(module)}
+        return {
+            f"{name}.weight": MaskFormat("kernel") for name, module in layers(model).items() if many_positions(module)
+        }
 
 
 def group(context: Context, name: str, ratio: float | Fraction) -> Group:

@@ -17,12 +17,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from prune_cli.channels import removed
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.allot import Group
-from prune_cli.granularities.granularity import Context
-from prune_cli.granularities.storage import Form
+from prune_cli.granularities.units import Context, Group
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.structure.keep import removed
 
 PAIRWISE = 16  # up to this m, comparing all pairs is faster than sorting
 
@@ -51,7 +50,7 @@ class NM:
             )
         self.patterns(ratios)
         for name in ratios:
-            axis_of(model, name)
+            input_axis(model, name)
 
     def patterns(self, ratios: Mapping[str, float | str]) -> dict[str, tuple[int, int]]:
         """(m, n) by parameter name; irregular and dense layers are absent.
@@ -91,17 +90,17 @@ class NM:
                 if not isinstance(ratio, str) and ratio > 0:
                     found.append(Group(name, scores.flatten(), ratio, mask))
                 continue
-            (m, n), axis = patterns[name], axis_of(context.model, name)
+            (m, n), axis = patterns[name], input_axis(context.model, name)
             count = surplus(scores.shape, m, n, axis)
             if count:
                 choose = functools.partial(_choose, scores, m, n, axis)
                 found.append(Group(name, scores.flatten(), count / scores.numel(), mask, choose))
         return found
 
-    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """n values and n codes of log2(m) bits per group; irregular layers as single weights."""
         return {
-            name: Form("n_m", {"m": m, "n": n, "axis": axis_of(model, name)})
+            name: MaskFormat("n_m", {"m": m, "n": n, "axis": input_axis(model, name)})
             for name, (m, n) in self.patterns(ratios).items()
         }
 
@@ -121,7 +120,7 @@ def parse(pattern: str, name: str) -> tuple[int, int]:
     return m, n
 
 
-def axis_of(model: nn.Module, name: str) -> int:
+def input_axis(model: nn.Module, name: str) -> int:
     """The axis of a weight along which its input channels lie.
 
     Raises:

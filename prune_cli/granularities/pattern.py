@@ -14,16 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prune_cli.channels import removed
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.weights import l2
 from prune_cli.errors import ConfigError
 from prune_cli.granularities import kernel
-from prune_cli.granularities.allot import Group
-from prune_cli.granularities.granularity import Constraint, Context, Units
-from prune_cli.granularities.spatial import check_scores, fitting
-from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import Ratio, layers
+from prune_cli.granularities.spatial import check_scores, with_such_units
+from prune_cli.granularities.units import Constraint, Context, Group, Ratio, Units
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.structure.keep import removed
+from prune_cli.structure.prunable import layers
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class Pattern:
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
         """Patterns need scores per element, 3x3 kernels, and a ratio that patterns alone do not exceed."""
         check_scores("pattern", ratios, criterion)
-        for name, ratio in fitting(model, ratios, is_3x3, "pattern", NEEDS).items():
+        for name, ratio in with_such_units(model, ratios, is_3x3, "pattern", NEEDS).items():
             if ratio > 0 and self.goal(ratio) > Fraction(str(ratio)) and self.connectivity_ratio is None:
                 log.warning(
                     "%s: ratio %g is less than the %.4f that patterns alone remove; that is what it will be",
@@ -96,7 +95,7 @@ class Pattern:
 
     def assigned(self, context: Context, patterns: Tensor | None) -> list[Group]:
         """The groups for a library; None = that of the scores."""
-        asked = fitting(context.model, context.ratios, is_3x3, "pattern", NEEDS)
+        asked = with_such_units(context.model, context.ratios, is_3x3, "pattern", NEEDS)
         scores = {name: _known(context, name) for name, ratio in asked.items() if ratio > 0}
         table = self.patterns(scores.values()) if patterns is None else patterns
         return [self._group(context, name, values, asked[name], table) for name, values in scores.items()]
@@ -111,7 +110,7 @@ class Pattern:
         The library is that of the network as it is. Patterns are assigned by squares, whatever the criterion, because
         only that is the projection onto the first set; kernels go by the criterion, which with l2 projects as well.
         """
-        asked = fitting(model, ratios, is_3x3, "pattern", NEEDS)
+        asked = with_such_units(model, ratios, is_3x3, "pattern", NEEDS)
         weights = [model.get_parameter(name).detach() for name, ratio in asked.items() if ratio > 0]
         library = self.patterns(weight.square().masked_fill(weight == 0, float("-inf")) for weight in weights)
         patterns = _OneLibrary(replace(self, connectivity_ratio=0.0), library)
@@ -143,10 +142,10 @@ class Pattern:
 
         return Group(name, scores.flatten(), float(goal), mask, choose)
 
-    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept kernels' values, a pattern number each, one bit per kernel, and the library."""
         count = len(FIXED5) if self.pattern_set == "fixed5" else self.library
-        form = Form("pattern", {"entries": int(self.kept * POSITIONS), "library": count})
+        form = MaskFormat("pattern", {"entries": int(self.kept * POSITIONS), "library": count})
         return {f"{name}.weight": form for name, module in layers(model).items() if is_3x3(module)}
 
 
@@ -174,7 +173,7 @@ class _Connectivity:
         self.units.check(model, ratios, criterion)
 
     def groups(self, context: Context) -> list[Group]:
-        asked = fitting(context.model, context.ratios, is_3x3, "pattern", NEEDS)
+        asked = with_such_units(context.model, context.ratios, is_3x3, "pattern", NEEDS)
         return [kernel.group(context, name, self.units.connectivity(ratio)) for name, ratio in asked.items()]
 
 

@@ -1,4 +1,4 @@
-"""Which layers granularities inside a kernel apply to: those whose kernels have the positions they need."""
+"""LayerSelector layers granularities inside a kernel apply to: those whose kernels have the positions they need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import targets
+from prune_cli.structure import prunable
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def check_scores(unit: str, ratios: Mapping[str, float | str], criterion: Criter
             raise ConfigError(f"{name}: {ratio!r} is an N:M pattern; granularity={unit} needs a ratio in [0, 1)")
 
 
-def fitting(
+def with_such_units(
     model: nn.Module, ratios: Mapping[str, float | str], fits: Callable[[nn.Module], bool], unit: str, needs: str
 ) -> dict[str, float]:
     """The ratios of the layers that have such units.
@@ -55,7 +55,7 @@ def fitting(
         ConfigError: a chosen layer does not fit, or none does.
     """
     asked = {name: float(ratio) for name, ratio in ratios.items() if not isinstance(ratio, str)}
-    modules = {f"{name}.weight": module for name, module in targets.layers(model).items()}
+    modules = {f"{name}.weight": module for name, module in prunable.layers(model).items()}
     everything = set(asked) == set(modules) and len(set(asked.values())) == 1
     found, others = {}, []
     for name, ratio in asked.items():

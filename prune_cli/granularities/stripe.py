@@ -14,20 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli import masks as masking
-from prune_cli import stripe_conv, surgery
-from prune_cli.channels import analyse
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import SurgeryError
-from prune_cli.granularities.allot import Group
 from prune_cli.granularities.filter import kept_units
-from prune_cli.granularities.granularity import Context, FindPlan
-from prune_cli.granularities.spatial import check_scores, fitting, many_positions
-from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import layers
+from prune_cli.granularities.spatial import check_scores, many_positions, with_such_units
+from prune_cli.granularities.units import Context, FindPlan, Group
+from prune_cli.layers import replacing
 from prune_cli.masks import Masks
-from prune_cli.measure import evaluating, latency
-from prune_cli.plan import Plan
-from prune_cli.trace import call_model
+from prune_cli.measure.latency import latency
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.structure import slicing, surgery
+from prune_cli.structure.follow import analyse
+from prune_cli.structure.interpreter import call_model
+from prune_cli.structure.modes import evaluating
+from prune_cli.structure.plan import Plan
+from prune_cli.structure.prunable import layers
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +57,18 @@ class Stripe:
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
         """Stripes need scores per element and kernels larger than 1x1."""
         check_scores("stripe", ratios, criterion)
-        fitting(model, ratios, many_positions, "stripe", NEEDS)
+        with_such_units(model, ratios, many_positions, "stripe", NEEDS)
 
     def groups(self, context: Context) -> list[Group]:
         """One group per convolution."""
-        asked = fitting(context.model, context.ratios, many_positions, "stripe", NEEDS)
+        asked = with_such_units(context.model, context.ratios, many_positions, "stripe", NEEDS)
         return [_group(context, name, ratio) for name, ratio in asked.items()]
 
-    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, Form]:
+    def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept stripes' values and one bit per stripe."""
-        return {f"{name}.weight": Form("stripe") for name, module in layers(model).items() if many_positions(module)}
+        return {
+            f"{name}.weight": MaskFormat("stripe") for name, module in layers(model).items() if many_positions(module)
+        }
 
     def complete(
         self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
@@ -82,25 +85,25 @@ class Stripe:
         except SurgeryError as error:
             log.warning("filters without stripes keep their norms, as the network cannot be analysed: %s", error)
             return dict(masks)
-        return masking.joined(masks, surgery.structured_masks(model, found, _living(found, masks)))
+        return masking.joined(masks, slicing.structured_masks(model, found, _living(found, masks)))
 
     def shrink(
         self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
     ) -> surgery.Shrunk:
         """The network without filters of which the masks leave nothing, its convolutions of the stripes they leave.
 
-        Convolutions that stripes cannot replace (`stripe_conv.fitting`) keep their masks.
+        Convolutions that stripes cannot replace (`replacing.fitting`) keep their masks.
         """
         found = plan() if plan else analyse(model, example_inputs)
-        shrunk = surgery.shrink(model, found, kept_units(model, found, masks))
+        shrunk = surgery.remove_units(model, found, kept_units(model, found, masks))
         cut = {name: masking.sliced(mask, shrunk.lineage.kept.get(name, {})) for name, mask in masks.items()}
         inputs = _inputs(shrunk.model, example_inputs)
-        stripes = {name: numbers for name, numbers in stripe_conv.fitting(shrunk.model, cut).items() if name in inputs}
+        stripes = {name: numbers for name, numbers in replacing.fitting(shrunk.model, cut).items() if name in inputs}
         if self.convert == "faster":
             stripes = {
                 name: numbers for name, numbers in stripes.items() if _faster(shrunk.model, name, numbers, inputs[name])
             }
-        stripe_conv.place(shrunk.model, stripes)
+        replacing.place(shrunk.model, stripes)
         return replace(shrunk, lineage=replace(shrunk.lineage, stripes=stripes))
 
 
@@ -166,7 +169,7 @@ def _faster(model: nn.Module, name: str, numbers: Sequence[int], shape: torch.Si
     """Whether stripes beat the dense convolution at every batch size of the table; timed in turns, medians."""
     dense = nn.Sequential(model.get_submodule(name)).eval()
     small = copy.deepcopy(dense)
-    stripe_conv.place(small, {"0": numbers})
+    replacing.place(small, {"0": numbers})
     device = next(dense.parameters()).device
     verdicts = []
     for count in BATCHES:

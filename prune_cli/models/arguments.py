@@ -14,23 +14,23 @@ from prune_cli.errors import ConfigError, nearest
 
 
 def is_positive_int(value: object) -> bool:
-    """Whether ``value`` is an integer of at least 1 (``True`` is not)."""
+    """Whether `value` is an integer of at least 1 (`True` is not)."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_classes_and_shape(
     model: str, num_classes: int, in_shape: Sequence[int], min_side: int = 1
 ) -> tuple[int, int, int]:
-    """Returns ``in_shape`` as the tuple (channels, height, width).
+    """Returns `in_shape` as the tuple (channels, height, width).
 
     Args:
-        model: Name used in the message.
-        num_classes: Number of outputs, at least 1.
-        in_shape: Three positive integers.
-        min_side: Smallest height and width that the network takes, in pixels.
+        model: name used in the message.
+        num_classes: number of outputs, at least 1.
+        in_shape: three positive integers.
+        min_side: smallest height and width that the network takes, in pixels.
 
     Raises:
-        ConfigError: If a number is not positive or the input is smaller than ``min_side``.
+        ConfigError: if a number is not positive or the input is smaller than `min_side`.
     """
     if not is_positive_int(num_classes):
         raise ConfigError(f"{model}: num_classes is {num_classes!r}, not a positive integer")
@@ -45,10 +45,10 @@ def check_classes_and_shape(
 
 
 def check_choice(model: str, key: str, value: Any, choices: Iterable[Any]) -> None:
-    """Refuses a ``value`` of ``key`` that is not one of ``choices``.
+    """Refuses a `value` of `key` that is not one of `choices`.
 
     Raises:
-        ConfigError: With the nearest or all legal values.
+        ConfigError: with the nearest or all legal values.
     """
     choices = list(choices)
     if value in choices and not isinstance(value, bool):
@@ -59,22 +59,22 @@ def check_choice(model: str, key: str, value: Any, choices: Iterable[Any]) -> No
 
 
 def check_widths(model: str, key: str, widths: Sequence[int], count: int) -> None:
-    """Refuses ``widths`` that are not ``count`` positive integers.
+    """Refuses `widths` that are not `count` positive integers.
 
     Raises:
-        ConfigError: If there are more or fewer, or one is not a positive integer.
+        ConfigError: if there are more or fewer, or one is not a positive integer.
     """
     if isinstance(widths, str) or len(widths) != count or not all(map(is_positive_int, widths)):
         raise ConfigError(f"{model}: {key} is {widths!r}, not {count} positive integers")
 
 
 def check_runs(model_name: str, model: nn.Module, in_shape: tuple[int, int, int]) -> None:
-    """Runs one input of ``in_shape`` through the network by shapes alone (device ``meta``).
+    """Runs one input of `in_shape` through the network by shapes alone (device `meta`).
 
     For networks of other libraries, whose smallest input is written nowhere.
 
     Raises:
-        ConfigError: With the first line of what went wrong.
+        ConfigError: with the first line of what went wrong.
     """
     tensors = chain(model.named_parameters(), model.named_buffers())
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
@@ -91,7 +91,7 @@ def check_runs(model_name: str, model: nn.Module, in_shape: tuple[int, int, int]
 
 
 def set_in_channels(model: nn.Module, channels: int) -> None:
-    """Replaces the first convolution in place by a new one for ``channels`` channels, otherwise alike."""
+    """Replaces the first convolution in place by a new one for `channels` channels, otherwise alike."""
     name, conv = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     replacement = nn.Conv2d(
         channels,

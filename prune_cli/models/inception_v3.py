@@ -21,14 +21,14 @@ def inception_v3(
     """Builds Inception-V3 with torchvision's names; the output is one tensor of logits in either mode.
 
     Args:
-        num_classes: Number of outputs.
+        num_classes: number of outputs.
         in_shape: (channels, height, width) of the input; height and width at least 75.
-        dropout: Probability of dropping an activation before the last layer, in [0, 1).
-        draw_weights: Whether to draw the truncated normal weights of the paper, which takes time; False
+        dropout: probability of dropping an activation before the last layer, in [0, 1).
+        draw_weights: whether to draw the truncated normal weights of the paper, which takes time; False
             leaves PyTorch's defaults, enough where a checkpoint follows.
 
     Raises:
-        ConfigError: If the image is too small or dropout out of range.
+        ConfigError: if the image is too small or dropout out of range.
     """
     channels, _, _ = check_classes_and_shape("inception_v3", num_classes, in_shape, _MIN_SIDE)
     if not 0 <= dropout < 1:

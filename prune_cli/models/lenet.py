@@ -18,7 +18,7 @@ _MIN_SIDE = 4
 
 
 class LeNet300100(nn.Module):
-    """Three linear layers ``fc1``, ``fc2``, ``fc3`` on the flattened image, ReLU between them."""
+    """Three linear layers `fc1`, `fc2`, `fc3` on the flattened image, ReLU between them."""
 
     def __init__(self, inputs: int, widths: Sequence[int], num_classes: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class LeNet300100(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """Two 5x5 convolutions, each with ReLU and 2x2 max pooling, then ``fc1`` and ``fc2``.
+    """Two 5x5 convolutions, each with ReLU and 2x2 max pooling, then `fc1` and `fc2`.
 
     The convolutions don't pad, as in the original (28 -> 24 -> 12 -> 8 -> 4), unless a side of the image is
     under 16 pixels: then both pad by 2 (8 -> 8 -> 4 -> 4 -> 2).
@@ -60,12 +60,12 @@ def lenet_300_100(
     """Builds LeNet-300-100, a perceptron with two hidden layers.
 
     Args:
-        num_classes: Number of outputs.
+        num_classes: number of outputs.
         in_shape: (channels, height, width) of the input, flattened.
-        widths: Units of the two hidden layers.
+        widths: units of the two hidden layers.
 
     Raises:
-        ConfigError: If ``widths`` is not two positive integers.
+        ConfigError: if `widths` is not two positive integers.
     """
     channels, height, width = check_classes_and_shape("lenet_300_100", num_classes, in_shape)
     check_widths("lenet_300_100", "widths", widths, 2)
@@ -76,12 +76,12 @@ def lenet5(*, num_classes: int, in_shape: tuple[int, int, int], widths: Sequence
     """Builds LeNet-5 for images of at least 4 x 4 pixels.
 
     Args:
-        num_classes: Number of outputs.
+        num_classes: number of outputs.
         in_shape: (channels, height, width) of the input.
-        widths: Filters of the two convolutions and units of the hidden linear layer.
+        widths: filters of the two convolutions and units of the hidden linear layer.
 
     Raises:
-        ConfigError: If ``widths`` is not three positive integers or the image is too small.
+        ConfigError: if `widths` is not three positive integers or the image is too small.
     """
     shape = check_classes_and_shape("lenet5", num_classes, in_shape, _MIN_SIDE)
     check_widths("lenet5", "widths", widths, 3)

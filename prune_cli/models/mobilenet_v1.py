@@ -51,7 +51,7 @@ class DepthwiseSeparable(nn.Module):
 
 
 class MobileNetV1(nn.Module):
-    """A 3x3 convolution, 13 blocks in ``layers``, global average pooling, the layer ``linear``."""
+    """A 3x3 convolution, 13 blocks in `layers`, global average pooling, the layer `linear`."""
 
     def __init__(self, width: float, stem_stride: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -86,13 +86,13 @@ def mobilenet_v1(
     """Builds a MobileNetV1.
 
     Args:
-        num_classes: Number of outputs.
+        num_classes: number of outputs.
         in_shape: (channels, height, width) of the input; any size from 1 x 1.
-        width: Factor on every number of channels (alpha in the paper), above 0; rounded, at least 1 channel.
-        stem: Stride of the first convolution: imagenet 2 (the paper), cifar 1.
+        width: factor on every number of channels (alpha in the paper), above 0; rounded, at least 1 channel.
+        stem: stride of the first convolution: imagenet 2 (the paper), cifar 1.
 
     Raises:
-        ConfigError: If the width is not above 0 or there is no such stem.
+        ConfigError: if the width is not above 0 or there is no such stem.
     """
     channels, _, _ = check_classes_and_shape("mobilenet_v1", num_classes, in_shape)
     if isinstance(width, bool) or not 0 < width < float("inf"):

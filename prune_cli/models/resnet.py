@@ -1,15 +1,15 @@
 """ResNet-18, 34, 50, 101 and 152 (He et al., arXiv:1512.03385), buildable with any width per convolution.
 
-Names are those of torchvision (``conv1``, ``bn1``, ``layer1.0.conv1``, ``layer2.0.downsample.0``, ``fc``),
+Names are those of torchvision (`conv1`, `bn1`, `layer1.0.conv1`, `layer2.0.downsample.0`, `fc`),
 and with the ImageNet stem the network is torchvision's, so its checkpoints load. The stride of a bottleneck
 is in its 3x3 convolution. Parameters with the CIFAR stem and 10 classes: ResNet-18 11.17 M, 34 21.28 M, 50
 23.52 M, 101 42.51 M, 152 58.16 M; with the ImageNet stem and 1,000 classes: 11.69 M, 21.80 M, 25.56 M,
 44.55 M, 60.19 M. MACs: ResNet-18 555.4 M at 32 x 32 (CIFAR stem) and 1.81 G at 224 x 224 (ImageNet stem),
 ResNet-50 4.09 G at 224 x 224.
 
-The cfg is a 2-D list: row 0 is ``[stem width]``, row b the widths of the convolutions on the main path of
-block b, two for a basic block, three for a bottleneck. ResNet-18 is ``[[64], [64, 64], [64, 64], [128,
-128], ...]``. Whether a block's shortcut has a projection is part of the topology and never decided anew
+The cfg is a 2-D list: row 0 is `[stem width]`, row b the widths of the convolutions on the main path of
+block b, two for a basic block, three for a bottleneck. ResNet-18 is `[[64], [64, 64], [64, 64], [128,
+128], ...]`. Whether a block's shortcut has a projection is part of the topology and never decided anew
 from the widths: a pruned stem that happens to be as wide as a block keeps its projection.
 """
 
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, four stages of blocks, global average pooling, the layer ``fc``."""
+    """Stem, four stages of blocks, global average pooling, the layer `fc`."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ def dense_cfg(depth: int) -> list[list[int]]:
     """Returns the 2-D cfg of the dense ResNet of this depth.
 
     Raises:
-        ConfigError: If there is no ResNet of this depth.
+        ConfigError: if there is no ResNet of this depth.
     """
     check_choice("resnet", "depth", depth, _STAGE_BLOCKS)
     cfg = [[_STAGE_WIDTHS[0]]]
@@ -133,8 +133,7 @@ def dense_cfg(depth: int) -> list[list[int]]:
 def dense_projection(depth: int) -> list[bool]:
     """Returns, per block, whether its shortcut is a 1x1 convolution in the dense ResNet of this depth.
 
-    The first block of every stage has one, except stage 1 of ResNet-18 and 34, which neither strides nor
-    widens.
+    The first block of every stage has one, except stage 1 of ResNet-18 and 34, which neither strides nor widens.
     """
     check_choice("resnet", "depth", depth, _STAGE_BLOCKS)
     return [
@@ -182,15 +181,15 @@ def resnet(
     """Builds a ResNet from its depth, or from a cfg of widths of that depth.
 
     Args:
-        num_classes: Number of outputs.
+        num_classes: number of outputs.
         in_shape: (channels, height, width) of the input; any size from 1 x 1.
         depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks).
         stem: cifar (3x3, stride 1, no pooling) or imagenet (7x7, stride 2, then max pooling, stride 2).
-        cfg: ``[[stem], [widths of block 1], ...]`` (see above); None for the widths of the paper.
-        projection: Per block, whether its shortcut is a 1x1 convolution with a norm; None as in the paper.
+        cfg: `[[stem], [widths of block 1], ...]` (see above); None for the widths of the paper.
+        projection: per block, whether its shortcut is a 1x1 convolution with a norm; None as in the paper.
 
     Raises:
-        ConfigError: If the cfg or projection has a wrong length or value, or an addition would not fit.
+        ConfigError: if the cfg or projection has a wrong length or value, or an addition would not fit.
     """
     channels, _, _ = check_classes_and_shape("resnet", num_classes, in_shape)
     check_choice("resnet", "stem", stem, ["cifar", "imagenet"])
@@ -210,10 +209,10 @@ def _blocks_of(model: nn.Module) -> list[nn.Module]:
 def cfg_of(model: nn.Module) -> list[list[int]]:
     """Returns the 2-D cfg of a ResNet of this module or of torchvision, dense or shrunk.
 
-    ``resnet(cfg=cfg_of(model), projection=projection_of(model), ...)`` has the same shapes.
+    `resnet(cfg=cfg_of(model), projection=projection_of(model), ...)` has the same shapes.
 
     Raises:
-        ConfigError: If the model is not such a ResNet.
+        ConfigError: if the model is not such a ResNet.
     """
     modules = [[model.get_submodule("conv1")]]
     for block in _blocks_of(model):
@@ -226,6 +225,6 @@ def projection_of(model: nn.Module) -> list[bool]:
     """Returns, per block, whether its shortcut is a projection.
 
     Raises:
-        ConfigError: If the model is not a ResNet of this module or of torchvision.
+        ConfigError: if the model is not a ResNet of this module or of torchvision.
     """
     return [getattr(block, "downsample", None) is not None for block in _blocks_of(model)]

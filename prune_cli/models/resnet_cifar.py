@@ -1,7 +1,7 @@
 """ResNets for CIFAR, three stages of basic blocks (He et al., arXiv:1512.03385, section 4.2).
 
-Names follow the public implementation by akamaster (``conv1``, ``bn1``, ``layer1.0.conv1``, ...,
-``linear``), so its checkpoints load. Parameters with 10 classes and shortcut A: ResNet-20 0.27 M, 32 0.46
+Names follow the public implementation by akamaster (`conv1`, `bn1`, `layer1.0.conv1`, ...,
+`linear`), so its checkpoints load. Parameters with 10 classes and shortcut A: ResNet-20 0.27 M, 32 0.46
 M, 44 0.66 M, 56 0.85 M, 110 1.73 M. MACs at 32 x 32: ResNet-20 40.6 M, ResNet-56 125.5 M, ResNet-110 252.9
 M. The wide ResNet-32 of widths 64, 128, 256 with shortcut B and 100 classes has 7.45 M parameters and 1.10
 G MACs, that is 2.20 GFLOPs.
@@ -21,10 +21,10 @@ from prune_cli.models.initial import initialise
 
 
 class PadShortcut(nn.Module):
-    """Shortcut A: every ``stride``-th pixel, and channels of zeros before and after the given ones.
+    """Shortcut A: every `stride`-th pixel, and channels of zeros before and after the given ones.
 
     How many channels of zeros is counted when it runs, from the two tensors that are added, so the shortcut
-    follows a network whose channels were pruned. ``front`` is the number of zero channels before the given
+    follows a network whose channels were pruned. `front` is the number of zero channels before the given
     ones, half of them (rounded down) in the original network; surgery sets it to those that it keeps.
     """
 
@@ -34,7 +34,7 @@ class PadShortcut(nn.Module):
         self.front = front
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Returns ``x`` (N, C, H, W) in the shape of ``residual``."""
+        """Returns `x` (N, C, H, W) in the shape of `residual`."""
         extra = residual.shape[1] - x.shape[1]
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.front, extra - self.front))
 
@@ -68,7 +68,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A 3x3 convolution, three stages of basic blocks, global average pooling, the layer ``linear``."""
+    """A 3x3 convolution, three stages of basic blocks, global average pooling, the layer `linear`."""
 
     def __init__(self, blocks: int, widths: Sequence[int], shortcut: str, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -100,18 +100,18 @@ def resnet_cifar(
     widths: Sequence[int] = (16, 32, 64),
     shortcut: Literal["A", "B"] = "A",
 ) -> CifarResNet:
-    """Builds a CIFAR ResNet of ``depth`` = 6 n + 2 layers.
+    """Builds a CIFAR ResNet of `depth` = 6 n + 2 layers.
 
     Args:
-        num_classes: Number of outputs.
+        num_classes: number of outputs.
         in_shape: (channels, height, width) of the input; any size from 1 x 1, made for 32 x 32.
         depth: 8, 14, 20, 32, 44, 56, 110, ...: n blocks of two convolutions in each of three stages.
-        widths: Channels of the three stages; the first convolution has as many as the first stage.
-        shortcut: Where the width grows: A pads with zeros, without parameters (the paper's CIFAR networks),
+        widths: channels of the three stages; the first convolution has as many as the first stage.
+        shortcut: where the width grows: A pads with zeros, without parameters (the paper's CIFAR networks),
             B is a 1x1 convolution with a norm.
 
     Raises:
-        ConfigError: If the depth is not 6 n + 2, a width is not a positive integer, or shortcut A would
+        ConfigError: if the depth is not 6 n + 2, a width is not a positive integer, or shortcut A would
             have to drop channels.
     """
     channels, _, _ = check_classes_and_shape("resnet_cifar", num_classes, in_shape)

@@ -1,4 +1,4 @@
-"""Any image classifier of timm (the optional dependency ``prune-cli[timm]``) by its name."""
+"""Any image classifier of timm (the optional dependency `prune-cli[timm]`) by its name."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from prune_cli.models.arguments import check_classes_and_shape, check_runs
 
 
 def timm(*, num_classes: int, in_shape: tuple[int, int, int], name: str, pretrained: bool = False) -> nn.Module:
-    """Builds a network of timm with a new last layer of ``num_classes`` outputs.
+    """Builds a network of timm with a new last layer of `num_classes` outputs.
 
     Args:
-        num_classes: Number of outputs.
+        num_classes: number of outputs.
         in_shape: (channels, height, width) of the input; networks of a fixed size are built for this one.
-        name: As in ``timm.list_models()``, such as ``resnet50d`` or ``deit_tiny_patch16_224``.
-        pretrained: Whether to load timm's weights, from the Hugging Face cache or by download.
+        name: as in `timm.list_models()`, such as `resnet50d` or `deit_tiny_patch16_224`.
+        pretrained: whether to load timm's weights, from the Hugging Face cache or by download.
 
     Raises:
-        ConfigError: If timm is not installed, has no such network, or the network does not take this input.
-        CheckpointError: If the weights can't be downloaded.
+        ConfigError: if timm is not installed, has no such network, or the network does not take this input.
+        CheckpointError: if the weights can't be downloaded.
     """
     channels, height, width = shape = check_classes_and_shape("timm", num_classes, in_shape)
     try:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as zoo
 
-from prune_cli.checkpoints import fit_weights, read_state_dict
 from prune_cli.errors import CheckpointError, ConfigError, nearest
+from prune_cli.files.fitting import fit_weights
+from prune_cli.files.weights import read_state_dict
 from prune_cli.models.arguments import check_classes_and_shape, check_runs, set_in_channels
 
 _AUXILIARY = re.compile(r"(AuxLogits|aux1|aux2)\.")
@@ -29,17 +30,17 @@ def torchvision(
     """Builds a classification network of torchvision; auxiliary classifiers are left out.
 
     Args:
-        num_classes: Number of outputs. Where it differs from that of pretrained weights, the last layer is
+        num_classes: number of outputs. Where it differs from that of pretrained weights, the last layer is
             new.
         in_shape: (channels, height, width) of the input. ViT and MaxViT are built for this size; with another
             number of channels than 3 the first convolution is new.
-        name: As in ``torchvision.models.list_models()``, such as ``resnet50`` or ``vit_b_16``.
+        name: as in `torchvision.models.list_models()`, such as `resnet50` or `vit_b_16`.
         pretrained: False, True for torchvision's default weights, or the name of one set, such as
-            ``IMAGENET1K_V1``. Looked up in PyTorch's hub folder, else downloaded there.
+            `IMAGENET1K_V1`. Looked up in PyTorch's hub folder, else downloaded there.
 
     Raises:
-        ConfigError: If there is no such network or set of weights, or the network does not take this input.
-        CheckpointError: If the weights can't be downloaded or are damaged.
+        ConfigError: if there is no such network or set of weights, or the network does not take this input.
+        CheckpointError: if the weights can't be downloaded or are damaged.
     """
     channels, height, width = shape = check_classes_and_shape("torchvision", num_classes, in_shape)
     names = zoo.list_models(module=zoo)
@@ -86,7 +87,7 @@ def _weights_named(name: str, pretrained: bool | str) -> Any:
 
 
 def _load_pretrained(model: nn.Module, weights: Any, num_classes: int) -> None:
-    """Loads the file of ``weights``; the last layer stays new if it has another number of classes."""
+    """Loads the file of `weights`; the last layer stays new if it has another number of classes."""
     trained_classes = len(weights.meta["categories"])
     own = model.state_dict()
     state: dict[str, Tensor] = {}
@@ -101,7 +102,7 @@ def _load_pretrained(model: nn.Module, weights: Any, num_classes: int) -> None:
 
 
 def _downloaded(url: str) -> Path:
-    """Returns the file of ``url`` in the hub folder, downloaded and checked against the hash in its name."""
+    """Returns the file of `url` in the hub folder, downloaded and checked against the hash in its name."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if path.exists():
         return path

@@ -1,9 +1,9 @@
 """VGG for small images (Simonyan and Zisserman, arXiv:1409.1556) with batch norm and one linear layer.
 
 The variant that pruning papers call "VGG-16 on CIFAR-10": 13 convolutions of 3x3, global average pooling,
-one linear layer. Names are the usual ones: ``features.N`` counts convolution, norm, ReLU and pooling, as in
-torchvision's ``vgg16_bn``, so the convolutions of VGG-16 are ``features.0``, ``features.3``,
-``features.7``, ...; the linear layer is ``classifier``.
+one linear layer. Names are the usual ones: `features.N` counts convolution, norm, ReLU and pooling, as in
+torchvision's `vgg16_bn`, so the convolutions of VGG-16 are `features.0`, `features.3`,
+`features.7`, ...; the linear layer is `classifier`.
 
 Parameters with 10 classes (biases in the convolutions): VGG-11 9.23 M, VGG-13 9.42 M, VGG-16 14.73 M,
 VGG-19 20.04 M. Without biases VGG-16 has 14.72 M. The 14.98 M of Li et al. (arXiv:1608.08710) have one more
@@ -28,11 +28,10 @@ _STAGE_CONVS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 1
 
 
 class VGG(nn.Module):
-    """Convolutions and poolings in ``features``, global average pooling, the linear layer ``classifier``.
+    """Convolutions and poolings in `features`, global average pooling, the linear layer `classifier`.
 
-    Takes (N, C, H, W) of any size from 1 x 1. Poolings halve and round up (``ceil_mode``), so a map of one
-    pixel stays one pixel: 32 -> 16 -> 8 -> 4 -> 2 -> 1, 28 -> 14 -> 7 -> 4 -> 2 -> 1, 8 -> 4 -> 2 -> 1 -> 1
-    -> 1.
+    Takes (N, C, H, W) of any size from 1 x 1. Poolings halve and round up (`ceil_mode`), so a map of one
+    pixel stays one pixel: 32 -> 16 -> 8 -> 4 -> 2 -> 1, 28 -> 14 -> 7 -> 4 -> 2 -> 1, 8 -> 4 -> 2 -> 1 -> 1 -> 1.
     """
 
     def __init__(self, cfg: Sequence[int | str], in_channels: int, num_classes: int, bias: bool) -> None:
@@ -55,10 +54,10 @@ class VGG(nn.Module):
 
 
 def dense_cfg(depth: int) -> list[int | str]:
-    """Returns the cfg list of VGG-11, 13, 16 or 19: widths of the convolutions and ``"M"`` for a pooling.
+    """Returns the cfg list of VGG-11, 13, 16 or 19: widths of the convolutions and `"M"` for a pooling.
 
     Raises:
-        ConfigError: If there is no VGG of this depth.
+        ConfigError: if there is no VGG of this depth.
     """
     check_choice("vgg", "depth", depth, _STAGE_CONVS)
     cfg: list[int | str] = []
@@ -101,15 +100,15 @@ def vgg(
     """Builds a VGG with batch norm from its depth or from a cfg list.
 
     Args:
-        num_classes: Number of outputs.
+        num_classes: number of outputs.
         in_shape: (channels, height, width) of the input; any size from 1 x 1.
-        depth: 11, 13, 16 or 19. With ``cfg``, the layout that cfg has to follow; None takes any layout.
-        cfg: Widths of the convolutions and ``"M"`` for a 2 x 2 max pooling, such as
-            ``[64, 64, "M", 128, "M"]``; None for the widths of the paper.
-        bias: Whether the convolutions have biases, although a norm follows, as in torchvision.
+        depth: 11, 13, 16 or 19. With `cfg`, the layout that cfg has to follow; None takes any layout.
+        cfg: widths of the convolutions and `"M"` for a 2 x 2 max pooling, such as
+            `[64, 64, "M", 128, "M"]`; None for the widths of the paper.
+        bias: whether the convolutions have biases, although a norm follows, as in torchvision.
 
     Raises:
-        ConfigError: If the cfg has a wrong length or value, or there is no such depth.
+        ConfigError: if the cfg has a wrong length or value, or there is no such depth.
     """
     channels, _, _ = check_classes_and_shape("vgg", num_classes, in_shape)
     if cfg is None:
@@ -120,10 +119,10 @@ def vgg(
 
 
 def cfg_of(model: nn.Module) -> list[int | str]:
-    """Returns the cfg list of a VGG, dense or shrunk: ``vgg(cfg=cfg_of(model), ...)`` has the same shapes.
+    """Returns the cfg list of a VGG, dense or shrunk: `vgg(cfg=cfg_of(model), ...)` has the same shapes.
 
     Raises:
-        ConfigError: If the model has no ``features`` made of convolutions and poolings.
+        ConfigError: if the model has no `features` made of convolutions and poolings.
     """
     features = getattr(model, "features", None)
     if not isinstance(features, nn.Sequential):

@@ -1,7 +1,7 @@
 """Wide residual networks WRN-d-w (Zagoruyko and Komodakis, arXiv:1605.07146): pre-activation, three stages.
 
-Names follow the public PyTorch implementation by xternalz (``block1.layer.0.conv1``, ``convShortcut``,
-``fc``). Parameters with 10 classes, as in the paper's tables: WRN-16-4 2.7 M, WRN-40-2 2.2 M, WRN-40-4 8.9
+Names follow the public PyTorch implementation by xternalz (`block1.layer.0.conv1`, `convShortcut`,
+`fc`). Parameters with 10 classes, as in the paper's tables: WRN-16-4 2.7 M, WRN-40-2 2.2 M, WRN-40-4 8.9
 M, WRN-28-10 36.5 M; also WRN-16-1 0.2 M, WRN-16-2 0.7 M, WRN-40-1 0.6 M.
 """
 
@@ -37,7 +37,7 @@ class PreActBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width, in ``layer``; only the first strides."""
+    """Blocks of one width, in `layer`; only the first strides."""
 
     def __init__(self, blocks: int, in_width: int, width: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Stage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A 3x3 convolution of 16 channels, stages of 16 w, 32 w and 64 w, norm, pooling, the layer ``fc``."""
+    """A 3x3 convolution of 16 channels, stages of 16 w, 32 w and 64 w, norm, pooling, the layer `fc`."""
 
     def __init__(self, blocks: int, width: int, dropout: float, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -76,17 +76,17 @@ def wide_resnet(
     width: int = 4,
     dropout: float = 0.0,
 ) -> WideResNet:
-    """Builds WRN-``depth``-``width``.
+    """Builds WRN-`depth`-`width`.
 
     Args:
-        num_classes: Number of outputs.
+        num_classes: number of outputs.
         in_shape: (channels, height, width) of the input; any size from 1 x 1, made for 32 x 32.
         depth: 6 n + 4: n blocks of two convolutions in each of three stages (10, 16, 22, 28, 40).
-        width: Factor on the widths 16, 32, 64.
-        dropout: Probability of dropping an activation between the two convolutions of a block, in [0, 1).
+        width: factor on the widths 16, 32, 64.
+        dropout: probability of dropping an activation between the two convolutions of a block, in [0, 1).
 
     Raises:
-        ConfigError: If the depth is not 6 n + 4 or a value is out of range.
+        ConfigError: if the depth is not 6 n + 4 or a value is out of range.
     """
     channels, _, _ = check_classes_and_shape("wide_resnet", num_classes, in_shape)
     if not is_positive_int(depth) or depth < 10 or (depth - 4) % 6:

@@ -13,11 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prune_cli import channels
-from prune_cli.channels import Plan
 from prune_cli.errors import ConfigError
 from prune_cli.regularisers.penalty import Penalty
-from prune_cli.surgery import channels_view
+from prune_cli.structure import follow, keep
+from prune_cli.structure.plan import Plan
+from prune_cli.structure.slicing import channels_view
 
 CHOSEN = "chosen"
 
@@ -60,7 +60,7 @@ class Slices:
 
 
 def _plan(model: nn.Module, example_inputs: Tensor, name: str) -> Plan:
-    plan = channels.analyse(model, example_inputs)
+    plan = follow.analyse(model, example_inputs)
     if not plan.families:
         raise ConfigError(
             f"regulariser={name}: no channels of this network can be removed, so there is nothing to make sparse; "
@@ -142,7 +142,7 @@ def growing(
     def add(step: int, memory: dict[str, Tensor]) -> None:
         factor = min(ceiling, delta * (step // every))
         if CHOSEN not in memory and factor >= choose_at:
-            memory[CHOSEN] = ~torch.from_numpy(channels.select(plan, magnitudes(model, plan), ratio))
+            memory[CHOSEN] = ~torch.from_numpy(keep.lowest_units(plan, magnitudes(model, plan), ratio))
             memory[CHOSEN][0] = False
         device = next(model.parameters()).device
         pushed = memory[CHOSEN] if CHOSEN in memory else torch.from_numpy(plan.everything())

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prune_cli.channels import analyse
 from prune_cli.errors import ConfigError
 from prune_cli.regularisers.penalty import Norms, Penalty
+from prune_cli.structure.follow import analyse
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def norm_scales(
@@ -53,7 +53,7 @@ def scales(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
-        if isinstance(module, NORMS) and module.affine
+        if isinstance(module, BATCH_NORMS) and module.affine
     }
 
 

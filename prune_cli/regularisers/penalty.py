@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from prune_cli.fit import Regularise
+from prune_cli.training.fit import Regularise
 
 Norms = Literal["all", "inner"]
 

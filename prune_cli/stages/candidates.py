@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from prune_cli import masks as masking
 from prune_cli.data.dataset import Batch
 from prune_cli.errors import Interrupted, ScheduleError
-from prune_cli.fit import Progress
-from prune_cli.granularities.allot import Group
-from prune_cli.granularities.granularity import Selection, chosen, keep_counts, ordered
-from prune_cli.measure import accuracy, evaluating, recalibrate_bn
-from prune_cli.processes import NORMS
+from prune_cli.granularities.units import Group
+from prune_cli.measure.accuracy import accuracy
+from prune_cli.pipeline.state import State, derive_seed
 from prune_cli.schedules.requests import Evaluate, Kept
+from prune_cli.selection.select import Selection, chosen, keep_counts, ordered
 from prune_cli.stages.learning import EVALUATION_BATCH
 from prune_cli.stages.session import Session
-from prune_cli.state import State, derive_seed
+from prune_cli.structure.modes import evaluating
+from prune_cli.training.batch_norm import recalibrate_bn
+from prune_cli.training.distributed import BATCH_NORMS
+from prune_cli.training.fit import Progress
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ def adopt(session: Session, request: Evaluate, position: int, scores: list[Score
                 mine = index, _copied(session.model)
     weights = mine[1] if mine else None
     if world.size > 1:
-        weights = world.share_tensors(weights if world.rank == holder else None, holder)
+        weights = world.broadcast_tensors(weights if world.rank == holder else None, holder)
     assert weights is not None
     session.model.load_state_dict(weights)
     session.keep(selection, session.held())
@@ -169,7 +171,7 @@ class _Trial:
                 candidate=True,
                 seed=self._seed,
             )
-        elif any(isinstance(module, NORMS) and module.track_running_stats for module in model.modules()):
+        elif any(isinstance(module, BATCH_NORMS) and module.track_running_stats for module in model.modules()):
             calibration = session.calibration
             recalibrate_bn(model, session.state.data.calibration(calibration.images, calibration.batch_size))
 

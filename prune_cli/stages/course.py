@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from prune_cli.errors import Interrupted, PruneError
-from prune_cli.fit import Progress
 from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Request, fingerprint
 from prune_cli.schedules.schedule import Requests, Schedule
 from prune_cli.stages.journal import Journal, Record
 from prune_cli.stages.session import Session
+from prune_cli.training.fit import Progress
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Course:
             Interrupted: the user asked to stop; a checkpoint was written.
         """
         assert self.request is not None
-        heard = self._world.share(_plain(answer))
+        heard = self._world.broadcast(_plain(answer))
         self._journal.answered(fingerprint(self.request), heard)
         self.position, self._parts = self.position + 1, {}
         self._ask(heard)

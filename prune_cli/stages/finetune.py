@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from prune_cli.distillation.distillation import Distillation
-from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
+from prune_cli.pipeline.state import State
 from prune_cli.stages import learning
-from prune_cli.state import State
+from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
 
 def finetune(
@@ -24,7 +24,7 @@ def finetune(
     Args:
         epochs: passes over the training split.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     return learning.trained(
         state,

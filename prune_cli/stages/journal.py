@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prune_cli import artifacts
-from prune_cli.processes import World
+from prune_cli.files import artifacts
+from prune_cli.training.distributed import World
 
 NAME = "journal"
 DIGITS = 16
@@ -54,7 +54,7 @@ class Journal:
 
     def read(self) -> Record:
         """What is there, the same on every rank; a damaged end is cut off."""
-        lines = self._world.share(self._whole_lines() if self._world.main else None)
+        lines = self._world.broadcast(self._whole_lines() if self._world.main else None)
         record = Record()
         for line in lines:
             if record.problem is None:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli import fit as loop
 from prune_cli.distillation.distillation import Distillation, Outputs
 from prune_cli.errors import ConfigError, Interrupted
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options, Progress
-from prune_cli.loading import load_teacher
 from prune_cli.masks import Masks
-from prune_cli.measure import accuracy
+from prune_cli.measure.accuracy import accuracy
+from prune_cli.pipeline.loading import load_teacher
+from prune_cli.pipeline.state import Outcome, State
 from prune_cli.stages import remembering
 from prune_cli.stages.remembering import Recorder
-from prune_cli.state import Outcome, State
+from prune_cli.training import fit as loop
+from prune_cli.training.fit import LrSchedule, OptimizerFactory, Options, Progress
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def learn(
     write = save or state.keep
 
     def evaluate(model: nn.Module) -> float:
-        return split_accuracy(state, model, split)
+        return _accuracy(state, model, split)
 
     def checkpoint(progress: Progress) -> None:
         write(progress.tensors(state.model), progress.numbers())
@@ -139,7 +139,7 @@ def learn(
             epoch_done=epoch_done,
             world=state.world,
         )
-    same_buffers(state, state.model)
+    _same_buffers(state, state.model)
     if not progress.done and progress.epoch < (epochs if until is None else until):
         raise Interrupted(
             f"stopped in {state.stage}, epoch {progress.epoch + 1}, step {progress.step}; the same command goes on there"
@@ -164,7 +164,7 @@ def trained(
     Args:
         remember: moments of which the stage keeps a snapshot; see `remembering.moment`.
     """
-    batches = len(state.data.train(batch_size, 0, shard=state.world.shard)) if remember else 0
+    batches = len(state.data.train(batch_size, 0, shard=state.world.shard))
     recorder = Recorder(remember, state.model, batches, options.accumulate)
     begun = resumed(state, optimizer, recorder)
     recorder(begun)
@@ -186,7 +186,7 @@ def trained(
         save=save,
         stepped=recorder,
     )
-    if missing := [tag for tag in remember if str(tag) not in recorder.taken]:
+    if missing := [tag for tag in remember if tag not in recorder.taken]:
         log.warning("%s: the training ended before %s was to be remembered", state.stage, ", ".join(missing))
     outcome = Outcome(
         epochs=progress.epoch,
@@ -197,21 +197,21 @@ def trained(
     return state.evolve(outcome=outcome)
 
 
-def split_accuracy(state: State, model: nn.Module, split: str) -> float:
+def _accuracy(state: State, model: nn.Module, split: str) -> float:
     """Percent right on a split, each rank counting its share with rank 0's norm statistics."""
     world = state.world
     if world.size == 1 or state.data.sizes[split] < world.size * EVALUATION_BATCH:
         return accuracy(model, state.data.evaluation(split, EVALUATION_BATCH)).acc1
-    same_buffers(state, model)
+    _same_buffers(state, model)
     found = accuracy(model, state.data.evaluation(split, EVALUATION_BATCH, shard=world.shard))
     correct, total = world.total(torch.tensor([found.correct, found.total])).tolist()
     return 100 * correct / total
 
 
-def same_buffers(state: State, model: nn.Module) -> None:
+def _same_buffers(state: State, model: nn.Module) -> None:
     """Rank 0's norm statistics on every rank, where each has those of its own shards: what is measured must agree."""
     if state.world.size > 1:
-        shared = state.world.share_tensors(dict(model.named_buffers()) if state.world.main else None)
+        shared = state.world.broadcast_tensors(dict(model.named_buffers()) if state.world.main else None)
         for name, buffer in shared.items():
             model.get_buffer(name).copy_(buffer)
 
@@ -229,7 +229,7 @@ def resumed(state: State, optimizer: OptimizerFactory, recorder: Recorder | None
     if recorder:
         recorder.restore(tensors)
     own = {name: value for name, value in tensors.items() if not name.startswith(remembering.PREFIX)}
-    progress = loop.restore(state.model, optimizer, own, numbers)
+    progress = loop.restore_progress(state.model, optimizer, own, numbers)
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
     return progress
 

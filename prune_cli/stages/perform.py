@@ -10,19 +10,20 @@ from typing import Any
 
 from torch import Tensor
 
-from prune_cli import admm
 from prune_cli import masks as masking
-from prune_cli.checkpoints import fit_weights
 from prune_cli.errors import ScheduleError
-from prune_cli.fit import Progress
-from prune_cli.granularities.granularity import Constraint, Selection
+from prune_cli.files.fitting import fit_weights
+from prune_cli.granularities.units import Constraint
+from prune_cli.pipeline.state import derive_seed
 from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Evaluate, Mask, Project, Remember, Request, Restore, Shrink, Train
+from prune_cli.selection.select import Selection
 from prune_cli.stages import candidates
 from prune_cli.stages.course import Turn
 from prune_cli.stages.remembering import snapshot
 from prune_cli.stages.session import Removed, Session
-from prune_cli.state import derive_seed
+from prune_cli.training import admm
+from prune_cli.training.fit import Progress
 
 log = logging.getLogger(__name__)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from prune_cli import artifacts, permutation
-from prune_cli.channels import analyse
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.granularity import Granularity
+from prune_cli.files import artifacts
 from prune_cli.granularities.n_m import NM
-from prune_cli.state import Outcome, State
+from prune_cli.permutation import network
+from prune_cli.pipeline.state import Outcome, State
+from prune_cli.selection.granularity import Granularity
+from prune_cli.structure.follow import analyse
 
 TABLE = "permutation.csv"
 
@@ -33,16 +34,14 @@ def permute(state: State, *, granularity: Granularity, window: int, escapes: int
         )
     patterns = _patterns(state, granularity)
     plan = analyse(state.model, state.example_inputs())
-    done = permutation.permute(
-        state.model, plan, patterns, window=window, escapes=escapes, seed=state.stage_seed % 2**62
-    )
+    done = network.permute(state.model, plan, patterns, window=window, escapes=escapes, seed=state.stage_seed % 2**62)
     for layer in done.layers:
         log.info(
             "%s: %s m%dn%d keeps %.6g, before %.6g (efficacy %.1f %%)",
             state.stage, layer.name, layer.m, layer.n, layer.after, layer.before, layer.efficacy,
         )  # fmt: skip
-    outcome = Outcome(files={TABLE: artifacts.table(permutation.Layer, done.layers)})
-    return state.evolve(masks=permutation.permute_masks(state.masks, done.moves), outcome=outcome)
+    outcome = Outcome(files={TABLE: artifacts.table(network.Layer, done.layers)})
+    return state.evolve(masks=network.permute_masks(state.masks, done.moves), outcome=outcome)
 
 
 def _patterns(state: State, granularity: Granularity) -> dict[str, tuple[int, int]]:

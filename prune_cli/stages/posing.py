@@ -10,16 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_cli import measure
-from prune_cli.channels import removed
-from prune_cli.granularities import latency, targets
-from prune_cli.granularities.allot import Group as Units
-from prune_cli.granularities.budget import masked_costs
-from prune_cli.granularities.granularity import Context, FindPlan, Granularity, names_of
+from prune_cli.granularities.units import Context, FindPlan
+from prune_cli.granularities.units import Group as Units
 from prune_cli.masks import Masks
-from prune_cli.plan import Plan
+from prune_cli.measure import cost as costs
+from prune_cli.measure.latency import latency
 from prune_cli.schedules.problem import Arithmetic, Curve, Group, Layer, Problem, Quantity
-from prune_cli.shrinking import Shrinks
+from prune_cli.selection import latency_table
+from prune_cli.selection.budget import masked_costs
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import names_of
+from prune_cli.structure.keep import removed
+from prune_cli.structure.plan import Plan
+from prune_cli.structure.prunable import layers as prunable
+from prune_cli.structure.prunable import weight_of
+from prune_cli.structure.verified import Shrinks
 
 
 def pose(
@@ -47,11 +52,11 @@ def pose(
         budget: the quantity of the target and what may remain, where that was settled before the network shrank.
         rough: predict times from one of the whole network, for a first look.
     """
-    blank = {name: torch.zeros(()).expand(targets.weight_of(model, name).shape) for name in asked}
+    blank = {name: torch.zeros(()).expand(weight_of(model, name).shape) for name in asked}
     groups = granularity.units.groups(
         Context(model, example_inputs, blank, asked, masked, granularity.dependency, plan)
     )
-    cost = measure.cost(model, example_inputs, masked or None)
+    cost = costs.cost(model, example_inputs, masked or None)
     facts = _layers(model, cost)
     found = tuple(_group(name, group, granularity, facts) for name, group in zip(names_of(groups), groups, strict=True))
     structure = groups[0].structure if groups else None
@@ -88,11 +93,11 @@ def _target(granularity: Granularity, problem: Problem) -> tuple[Quantity, float
     return "units", sum(max(group.units - removed(group.ratio, group.units), group.least) for group in problem.groups)
 
 
-def _layers(model: nn.Module, cost: measure.Cost) -> dict[str, tuple[int, Layer]]:
+def _layers(model: nn.Module, cost: costs.Cost) -> dict[str, tuple[int, Layer]]:
     """Every layer that can be pruned by its name, with its place among them."""
     counted = {layer.name: layer for layer in cost.layers}
     found = {}
-    for depth, (name, module) in enumerate(targets.layers(model).items()):
+    for depth, (name, module) in enumerate(prunable(model).items()):
         stride = getattr(module, "stride", 1)
         layer = counted.get(name)
         found[name] = (
@@ -100,7 +105,7 @@ def _layers(model: nn.Module, cost: measure.Cost) -> dict[str, tuple[int, Layer]
             Layer(
                 name,
                 type(module).__name__,
-                tuple(targets.weight_of(model, f"{name}.weight").shape),
+                tuple(weight_of(model, f"{name}.weight").shape),
                 tuple(layer.output_shape) if layer else (),
                 max(stride) if isinstance(stride, tuple) else int(stride),
                 layer.macs if layer else 0,
@@ -194,9 +199,9 @@ def _of_channels(groups: Sequence[Units], plan: Plan) -> Arithmetic:
 def _timed(arithmetic: Arithmetic, plan: Plan, model: nn.Module, example_inputs: Tensor, rough: bool) -> Arithmetic:
     """With times measured at a few widths on this device."""
     if rough:
-        whole = measure.latency(model, example_inputs, example_inputs.device).median_ms
+        whole = latency(model, example_inputs, example_inputs.device).median_ms
         return replace(arithmetic, rest=Curve((0.0, 1.0), (0.0, whole)))
-    table = latency.measured(model, plan, example_inputs)
+    table = latency_table.measured(model, plan, example_inputs)
     times = {name: _curve(curve) for name, curve in table.layers.items()}
     return replace(arithmetic, times=times, rest=_curve(table.rest))
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from prune_cli.criteria import requirements
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.statistics import Calibration
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import BatchSize, LrSchedule, OptimizerFactory, Options, Smoothing
-from prune_cli.granularities.granularity import Coupled, Granularity
+from prune_cli.granularities.units import Coupled
+from prune_cli.pipeline.state import State
 from prune_cli.schedules.requests import Evaluate, Mask, Request, Train
 from prune_cli.schedules.schedule import Schedule, first_request
+from prune_cli.selection import requirements
+from prune_cli.selection.granularity import Granularity
 from prune_cli.stages import learning
 from prune_cli.stages.course import Course
 from prune_cli.stages.perform import again, perform
 from prune_cli.stages.posing import pose
 from prune_cli.stages.session import Session, Training, tags
-from prune_cli.state import State
+from prune_cli.training.fit import BatchSize, LrSchedule, OptimizerFactory, Options, Smoothing
 
 
 def prune(

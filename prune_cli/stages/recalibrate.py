@@ -7,10 +7,10 @@ from typing import Annotated
 from pydantic import Field
 
 from prune_cli.errors import ConfigError
-from prune_cli.fit import BatchSize
-from prune_cli.measure import recalibrate_bn
-from prune_cli.regularisers.norm_scales import NORMS
-from prune_cli.state import Outcome, State
+from prune_cli.pipeline.state import Outcome, State
+from prune_cli.regularisers.norm_scales import BATCH_NORMS
+from prune_cli.training.batch_norm import recalibrate_bn
+from prune_cli.training.fit import BatchSize
 
 
 def recalibrate(state: State, *, images: Annotated[int, Field(ge=1)], batch_size: BatchSize) -> State:
@@ -30,7 +30,7 @@ def check(state: State) -> None:
     Raises:
         ConfigError: there is nothing to estimate.
     """
-    if not any(isinstance(module, NORMS) and module.track_running_stats for module in state.model.modules()):
+    if not any(isinstance(module, BATCH_NORMS) and module.track_running_stats for module in state.model.modules()):
         raise ConfigError(
             f"{state.stage}: model={state.architecture.name} has no batch norms with running statistics; "
             "leave the stage out (stages=[...])"

@@ -12,12 +12,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from prune_cli import artifacts
 from prune_cli import masks as masking
-from prune_cli.checkpoints import read_state_dict
 from prune_cli.errors import ConfigError
-from prune_cli.fit import Progress
-from prune_cli.surgery import Lineage, carried
+from prune_cli.files import artifacts
+from prune_cli.files.weights import read_state_dict
+from prune_cli.structure.lineage import Lineage
+from prune_cli.structure.rebuild import carried
+from prune_cli.training.fit import Progress
 
 INIT = "init"
 CLOCK = "clock"

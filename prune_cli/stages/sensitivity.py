@@ -15,19 +15,22 @@ import yaml
 from pydantic import Field
 from torch import Tensor, nn
 
-from prune_cli import artifacts, measure
 from prune_cli import masks as masking
-from prune_cli.criteria import requirements
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.statistics import Calibration
 from prune_cli.errors import ConfigError, Interrupted
-from prune_cli.granularities.allot import Group, rank
-from prune_cli.granularities.granularity import Context, Granularity, Units, select
-from prune_cli.granularities.targets import Rule
+from prune_cli.files import artifacts
+from prune_cli.granularities.units import Context, Group, Units
+from prune_cli.measure import accuracy
+from prune_cli.pipeline.state import Outcome, State
+from prune_cli.selection import requirements
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.ranking import rank
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
 from prune_cli.stages import learning
-from prune_cli.stages.sensitivity_plot import curves
+from prune_cli.stages.sensitivity_plot import Point, curves
 from prune_cli.stages.session import statistics_of
-from prune_cli.state import Outcome, State
 
 log = logging.getLogger(__name__)
 
@@ -35,27 +38,6 @@ Grid = Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
 
 TABLE = "sensitivity.csv"
 PLOT = "sensitivity.svg"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A line of sensitivity.csv.
-
-    Attributes:
-        layer: the group of units that was pruned alone: a parameter, or the first layer of a coupled set.
-        criterion: what chose its units.
-        ratio: fraction removed, as asked; 0 is the network as it came.
-        ratio_realised: fraction removed of the layer's units.
-        acc1: percent of the split.
-        loss: mean cross entropy on the split.
-    """
-
-    layer: str
-    criterion: str
-    ratio: float
-    ratio_realised: float
-    acc1: float
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -161,7 +143,7 @@ def _named(criterion: Criterion, compare: Mapping[str, Criterion]) -> dict[str, 
 
 
 def _evaluate(state: State, split: str) -> tuple[float, float]:
-    found = measure.accuracy(state.model, state.data.evaluation(split, learning.EVALUATION_BATCH))
+    found = accuracy.accuracy(state.model, state.data.evaluation(split, learning.EVALUATION_BATCH))
     return found.acc1, found.loss
 
 

@@ -1,16 +1,34 @@
-"""The curves of a sensitivity analysis as one SVG; the same points give the same bytes."""
+"""The points of a sensitivity analysis, and their curves as one SVG; the same points give the same bytes."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from prune_cli.stages.sensitivity import Point
+from dataclasses import dataclass
 
 SETTINGS = {"svg.hashsalt": "prune", "svg.fonttype": "none", "font.size": 8.0, "font.family": "sans-serif"}
 COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """A line of sensitivity.csv.
+
+    Attributes:
+        layer: the group of units that was pruned alone: a parameter, or the first layer of a coupled set.
+        criterion: what chose its units.
+        ratio: fraction removed, as asked; 0 is the network as it came.
+        ratio_realised: fraction removed of the layer's units.
+        acc1: percent of the split.
+        loss: mean cross entropy on the split.
+    """
+
+    layer: str
+    criterion: str
+    ratio: float
+    ratio_realised: float
+    acc1: float
+    loss: float
 
 
 def curves(points: Sequence[Point], title: str) -> str:

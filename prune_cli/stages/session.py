@@ -10,26 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_cli import admm, artifacts, channels, shrinking, stripe_conv, surgery
-from prune_cli import fit as loop
 from prune_cli import masks as masking
-from prune_cli.criteria import requirements
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.criteria.movement import SUMMED
 from prune_cli.criteria.statistics import Calibration, Statistics, collect
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ScheduleError, nearest
-from prune_cli.fit import LrSchedule, OptimizerFactory, Options, Progress
-from prune_cli.granularities.granularity import Context, Granularity, Group, Selection, scored, select
-from prune_cli.granularities.storage import Form
-from prune_cli.plan import Plan
-from prune_cli.processes import ALONE, same_masks
+from prune_cli.files import artifacts
+from prune_cli.granularities.units import Context, Group
+from prune_cli.layers import replacing
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.state import Outcome, State
 from prune_cli.schedules.problem import Problem
+from prune_cli.selection import requirements
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import Selection, scored, select
 from prune_cli.stages import learning, remembering
 from prune_cli.stages.posing import pose
 from prune_cli.stages.remembering import INIT, Snapshot
-from prune_cli.state import Outcome, State
-from prune_cli.surgery import Lineage
+from prune_cli.structure import follow, rebuild, surgery
+from prune_cli.structure.lineage import Lineage
+from prune_cli.structure.plan import Plan
+from prune_cli.training import admm
+from prune_cli.training import fit as loop
+from prune_cli.training.distributed import ALONE, same_masks
+from prune_cli.training.fit import LrSchedule, OptimizerFactory, Options, Progress
+from prune_cli.training.movement import SUMMED
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +105,7 @@ class Session:
         self.state, self.criterion, self.granularity = state, criterion, granularity
         self.calibration, self.distillation, self.training = calibration, distillation, training
         self.masks: dict[str, Tensor] = {}
-        self.forms: dict[str, Form] = {}
+        self.forms: dict[str, MaskFormat] = {}
         self.removed = Removed()
         self.taken = Removed()  # by Shrink, before the present network
         self.clock = Clock()
@@ -127,7 +133,7 @@ class Session:
     def plan(self) -> Plan:
         """Its channel plan, analysed once."""
         if self._plan is None:
-            self._plan = channels.analyse(self.model, self.state.example_inputs())
+            self._plan = follow.analyse(self.model, self.state.example_inputs())
         return self._plan
 
     def pose(self) -> Problem:
@@ -144,7 +150,7 @@ class Session:
             plan=self.plan,
             budget=None if before is None else (before.quantity, before.budget),
         )
-        self.problem = Problem.from_dict(self.state.world.share(problem.to_dict()))
+        self.problem = Problem.from_dict(self.state.world.broadcast(problem.to_dict()))
         return self.problem
 
     # ------------------------------------------------------------------------------------------------ choosing
@@ -308,8 +314,8 @@ class Session:
         else:
             world = self.state.world
             one = remembering.read(self.state.remembered[tag]) if world.main else None
-            weights = world.share_tensors(one.weights if one else None)
-            found = Snapshot(weights, {}, *world.share([one.epoch, one.step, one.steps] if one else None))
+            weights = world.broadcast_tensors(one.weights if one else None)
+            found = Snapshot(weights, {}, *world.broadcast([one.epoch, one.step, one.steps] if one else None))
         if _shapes(found.weights) == _shapes(self.model.state_dict()):
             return found
         with torch.device("meta"):
@@ -332,7 +338,7 @@ class Session:
         small = shrinking.taken_out(self.state.evolve(masks=joined), self.granularity.units, self.plan)
         model, masks, lineage = small.model, small.masks, small.lineage
         if lineage.stripes:  # what is chosen from next are the weights of plain convolutions
-            model, masks = stripe_conv.expanded(model, masks)
+            model, masks = replacing.expanded(model, masks)
             lineage = lineage.without_stripes()
         if (progress := self.clock.progress) is not None:
             _shrink_progress(progress, before, model, lineage)
@@ -348,7 +354,7 @@ class Session:
             self.removed.units - self.removed.removed, 0, self.removed.channels - self.removed.channels_removed
         )
 
-    def _become(self, model: nn.Module, masks: Mapping[str, Tensor], forms: Mapping[str, Form]) -> None:
+    def _become(self, model: nn.Module, masks: Mapping[str, Tensor], forms: Mapping[str, MaskFormat]) -> None:
         """Goes on with a smaller network."""
         assert self.shrunk is not None
         whole = self.shrunk if self.came is None else self.shrunk.after(self.came)
@@ -392,15 +398,15 @@ class Session:
 
         if numbers["shrunk"]:
             self.shrunk = Lineage.from_dict(numbers["shrunk"])
-            small = surgery.rebuild(self.model, self.shrunk)
-            forms = {name: Form(**form) for name, form in numbers["held"].items()}
+            small = rebuild.rebuild(self.model, self.shrunk)
+            forms = {name: MaskFormat(**form) for name, form in numbers["held"].items()}
             self._become(small, placed(HELD), forms)
-        progress = loop.restore(self.model, self.training.optimizer, those(FIT), numbers["fit"])
+        progress = loop.restore_progress(self.model, self.training.optimizer, those(FIT), numbers["fit"])
         self.clock = Clock(
             progress if numbers["trained"] else None, numbers["total"], numbers["until"], numbers["begun"]
         )
         self.masks = placed(MASKS)
-        self.forms = {name: Form(**form) for name, form in numbers["forms"].items()}
+        self.forms = {name: MaskFormat(**form) for name, form in numbers["forms"].items()}
         self.removed, self.taken = Removed(**numbers["removed"]), Removed(**numbers["taken"])
         self.splitting = admm.Splitting.restored(placed(ADMM), numbers["admm"])
         self.snapshots = {
@@ -448,9 +454,9 @@ def _shrink_progress(progress: Progress, before: nn.Module, after: nn.Module, li
     if progress.optimizer is not None:
         surgery.repoint(progress.optimizer, before, after, lineage.kept)
     if progress.average is not None:
-        progress.average = surgery.carried(progress.average, lineage)
+        progress.average = rebuild.carried(progress.average, lineage)
     # What hooks sum up per weight has its name behind their own prefix.
-    sliced = surgery.carried(
+    sliced = rebuild.carried(
         {key.partition("/")[2]: value for key, value in progress.memory.items()}, Lineage(lineage.kept)
     )
     progress.memory = {key: sliced[key.partition("/")[2]] for key in progress.memory}

@@ -8,21 +8,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prune_cli import artifacts, coding, pruned, sharing, shrinking
-from prune_cli.coding import Shared, Sizes
-from prune_cli.compressed import CONV, LINEAR, Bits, Width, clusters, compress
+from prune_cli.compression import kmeans
+from prune_cli.compression.codec import Sizes
+from prune_cli.compression.container import CONV, LINEAR, Bits, Width, clusters, compress
+from prune_cli.compression.kmeans import Clustered
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
-from prune_cli.granularities import targets
-from prune_cli.granularities.targets import Which
-from prune_cli.pruned import Record
+from prune_cli.files import artifacts, pruned
+from prune_cli.files.pruned import Record
+from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.state import Outcome, State
+from prune_cli.selection import targets
+from prune_cli.selection.targets import LayerSelector
 from prune_cli.stages import learning
-from prune_cli.state import Outcome, State
-from prune_cli.stripe_conv import StripeConv2d
-from prune_cli.surgery import Lineage
+from prune_cli.structure import prunable
+from prune_cli.structure.lineage import Lineage
+from prune_cli.training import weight_sharing
+from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
-SHARED = (*targets.PRUNABLE, StripeConv2d)  # layers whose weights may share values
+SHARED = (*prunable.PRUNABLE, StripeConv2d)  # layers whose weights may share values
 
 FINAL = True  # a later stage would give each weight its own value again
 
@@ -30,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Rule(Which):
+class BitsRule(LayerSelector):
     """Other widths of codes for some layers.
 
     Attributes:
@@ -47,7 +52,7 @@ def share(
     *,
     conv: Bits = CONV,
     linear: Bits = LINEAR,
-    rules: tuple[Rule, ...] = (),
+    rules: tuple[BitsRule, ...] = (),
     epochs: Epochs,
     batch_size: BatchSize,
     optimizer: OptimizerFactory,
@@ -67,11 +72,11 @@ def share(
         rules: other widths, or exclusion, for some layers; the last match wins.
         epochs: passes over the training split to fine-tune centroids; 0 leaves those of k-means.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     bits = widths(state.model, conv, linear, rules, state.stage)
     shared = _clustered(state, bits)
-    sharing.attach(state.model, shared)
+    weight_sharing.attach(state.model, shared)
     # What is shared keeps its zeros by itself, and its name is that of a codebook now.
     masks = {name: mask for name, mask in state.masks.items() if name not in shared}
     empty = {name: torch.zeros((), dtype=torch.bool) for name in bits if name not in shared}
@@ -86,7 +91,7 @@ def share(
         masks=masks | empty,
         progress=learning.resumed(state, optimizer),
     )
-    sharing.detach(state.model, shared)
+    weight_sharing.detach(state.model, shared)
     content, coded = _compressed(state, bits)
     outcome = Outcome(
         epochs=progress.epoch,
@@ -99,7 +104,7 @@ def share(
     return state.evolve(outcome=outcome)
 
 
-def widths(model: nn.Module, conv: Bits, linear: Bits, rules: tuple[Rule, ...], stage: str) -> dict[str, Bits]:
+def widths(model: nn.Module, conv: Bits, linear: Bits, rules: tuple[BitsRule, ...], stage: str) -> dict[str, Bits]:
     """Widths of the codes of every shared weight, by parameter name.
 
     Raises:
@@ -109,13 +114,13 @@ def widths(model: nn.Module, conv: Bits, linear: Bits, rules: tuple[Rule, ...], 
     special = targets.last_matches(found, rules, f"{stage}.rules")
     chosen = {}
     for name, module in found.items():
-        usual, rule = linear if isinstance(module, nn.Linear) else conv, special.get(name, Rule())
+        usual, rule = linear if isinstance(module, nn.Linear) else conv, special.get(name, BitsRule())
         if not rule.exclude:
             chosen[f"{name}.weight"] = Bits(rule.value or usual.value, rule.gap or usual.gap)
     return chosen
 
 
-def _clustered(state: State, bits: dict[str, Bits]) -> dict[str, Shared]:
+def _clustered(state: State, bits: dict[str, Bits]) -> dict[str, Clustered]:
     """The clustered weights, the same on every rank; those of which nothing is left are absent.
 
     They follow from the weights that entered the stage, so a resumed stage finds the same clusters.
@@ -127,11 +132,11 @@ def _clustered(state: State, bits: dict[str, Bits]) -> dict[str, Shared]:
         if name in state.masks:
             keep &= state.masks[name].to(keep.device)
         if keep.any():
-            found = coding.share(weight, keep, clusters(keep, widths))
+            found = kmeans.cluster(weight, keep, clusters(keep, widths))
             own |= {f"codebook/{name}": found.codebook, f"assignment/{name}": found.assignment}
-    both = {name: value.to(state.device) for name, value in state.world.share_tensors(own).items()}
+    both = {name: value.to(state.device) for name, value in state.world.broadcast_tensors(own).items()}
     names = [name for name in bits if f"codebook/{name}" in both]
-    return {name: Shared(both[f"codebook/{name}"], both[f"assignment/{name}"]) for name in names}
+    return {name: Clustered(both[f"codebook/{name}"], both[f"assignment/{name}"]) for name in names}
 
 
 def _compressed(state: State, bits: dict[str, Bits]) -> tuple[bytes, dict[str, Sizes]]:
@@ -157,7 +162,7 @@ def check(
     *,
     conv: Bits = CONV,
     linear: Bits = LINEAR,
-    rules: tuple[Rule, ...] = (),
+    rules: tuple[BitsRule, ...] = (),
     distillation: Distillation,
     fit: Options,
 ) -> None:

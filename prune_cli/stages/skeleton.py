@@ -10,17 +10,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_cli import masks as masking
-from prune_cli import shrinking
-from prune_cli import skeleton as method
 from prune_cli.criteria import sites
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
-from prune_cli.granularities.allot import smallest
-from prune_cli.granularities.granularity import Context, Granularity
 from prune_cli.granularities.stripe import Stripe
+from prune_cli.granularities.units import Context
+from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.state import Outcome, State
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.ranking import smallest
 from prune_cli.stages import learning
-from prune_cli.state import Outcome, State
+from prune_cli.training import filter_skeleton as method
+from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def skeleton(
             None leaves them as they are.
         epochs: passes over the training split.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     least = _least(state, granularity)
     names = list(least)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
+from prune_cli.pipeline.state import State
 from prune_cli.regularisers.penalty import Regulariser
 from prune_cli.stages import learning
-from prune_cli.state import State
+from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
 
 def sparsify(
@@ -27,7 +27,7 @@ def sparsify(
         regulariser: (network, one image) -> penalty.
         epochs: passes over the training split.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
 
     penalty = regulariser(state.model, state.example_inputs())  # of the network as it came, also when going on

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from prune_cli import sr_ste as method
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
-from prune_cli.granularities.granularity import Granularity
 from prune_cli.granularities.n_m import NM
+from prune_cli.pipeline.state import Outcome, State
+from prune_cli.selection.granularity import Granularity
 from prune_cli.stages import learning
-from prune_cli.state import Outcome, State
+from prune_cli.training import sr_ste as method
+from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def sr_ste(
         decay: pull of masked weights towards zero, 2e-4 in the paper.
         epochs: passes over the training split.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     patterns = _patterns(state, granularity)
     method.attach(state.model, patterns, decay)

@@ -10,15 +10,16 @@ from typing import Literal
 
 import torch
 
-from prune_cli import measure, pruned
-from prune_cli.config import find_file
+from prune_cli.config.locations import find_file
+from prune_cli.config.nodes import locate
 from prune_cli.errors import ConfigError
-from prune_cli.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
-from prune_cli.loading import build_architecture
-from prune_cli.nodes import locate
+from prune_cli.files import pruned
+from prune_cli.measure import cost
+from prune_cli.pipeline.loading import build_architecture
+from prune_cli.pipeline.state import Architecture, State
 from prune_cli.stages import learning
 from prune_cli.stages.remembering import moment
-from prune_cli.state import Architecture, State
+from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def train(
     Args:
         epochs: passes over the training split.
         batch_size: images per step.
-        label_smoothing: share of the target spread over all classes, in [0, 1).
+        label_smoothing: fraction of the target spread over all classes, in [0, 1).
         init: None trains the network as it is; `cfg:PATH` trains one with the widths of that file and fresh weights
             (from scratch in Liu et al., arXiv:1810.05270).
         init_budget: with `init`: `epochs` trains as long as told (Scratch-E), `compute` as many more epochs as the
@@ -127,8 +128,8 @@ def _from_scratch(state: State, init: str) -> State:
 
 
 def _epochs(epochs: int, dense: State, small: State, budget: Literal["epochs", "compute"]) -> int:
-    full = measure.cost(dense.architecture.build(), dense.data.shape)
-    left = measure.cost(small.model, small.example_inputs())
+    full = cost.cost(dense.architecture.build(), dense.data.shape)
+    left = cost.cost(small.model, small.example_inputs())
     if budget == "compute":
         epochs = round(epochs * min(Fraction(full.macs, max(left.macs, 1)), Fraction(MOST)))
     log.info(

@@ -19,12 +19,13 @@ from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.granularities.element import Element
 from prune_cli.granularities.filter import Filter
-from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.kernel import Kernel
 from prune_cli.granularities.n_m import NM
 from prune_cli.granularities.pattern import Pattern
 from prune_cli.granularities.stripe import Stripe
 from prune_cli.models.vgg import vgg
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
 
 GRANULARITIES = {
     "element": Granularity(Element(), 0.8),

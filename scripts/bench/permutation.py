@@ -13,9 +13,9 @@ import torch
 import torchvision
 from torch import nn
 
-from prune_cli.channels import analyse
-from prune_cli.checkpoints import load_weights
-from prune_cli.permutation import permute
+from prune_cli.files.weights import load_weights
+from prune_cli.permutation.network import permute
+from prune_cli.structure.follow import analyse
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli.fit import fit
-from prune_cli.lr_schedules import constant
 from prune_cli.models.resnet_cifar import resnet_cifar
 from prune_cli.models.vgg import vgg
+from prune_cli.training.fit import fit
+from prune_cli.training.lr_schedules import constant
 
 SGD = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
 

@@ -16,7 +16,7 @@ import time
 import torch
 from torch import nn
 
-from prune_cli.stripe_conv import StripeConv2d
+from prune_cli.layers.stripe_conv import StripeConv2d
 
 
 def main() -> None:

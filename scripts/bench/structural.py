@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from prune_cli import channels, surgery
+from prune_cli.structure import follow, surgery
+from prune_cli.structure.keep import lowest_units
 
 DEFAULT = "resnet18,resnet50,mobilenet_v2,efficientnet_b0,densenet121"
 COLUMNS = (
@@ -73,9 +74,9 @@ def ours(model: nn.Module, example: Tensor) -> tuple[float, float]:
     """Analyse, halve every family, shrink; CPU seconds of analysis, and of selection and shrinking."""
     gc.collect()
     start = time.process_time()
-    plan = channels.analyse(model, example)
+    plan = follow.analyse(model, example)
     middle = time.process_time()
-    surgery.shrink(model, plan, channels.select(plan, None, 0.5))
+    surgery.remove_units(model, plan, lowest_units(plan, None, 0.5))
     return middle - start, time.process_time() - middle
 
 
@@ -101,11 +102,11 @@ def forward(model: nn.Module, example: Tensor) -> None:
 
 def counting(model: nn.Module, example: Tensor) -> float:
     """How many times faster a candidate is counted by arithmetic than by building and counting it."""
-    plan = channels.analyse(model, example)
-    keep = channels.select(plan, None, 0.5)
+    plan = follow.analyse(model, example)
+    keep = lowest_units(plan, None, 0.5)
 
     def built() -> None:
-        small = surgery.shrink(model, plan, keep).model
+        small = surgery.remove_units(model, plan, keep).model
         with FlopCounterMode(display=False), torch.no_grad():
             small.to("meta")(example.to("meta"))
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prune_cli.checkpoints import read_state_dict
-from prune_cli.criteria.movement import Movement, moved
 from prune_cli.data.fake import fake
-from prune_cli.fit import Progress, fit
-from prune_cli.lr_schedules import multi_step
+from prune_cli.files.weights import read_state_dict
+from prune_cli.training.fit import Progress, fit
+from prune_cli.training.lr_schedules import multi_step
+from prune_cli.training.movement import Movement, moved
 
 NET = (
     "run", "recipe=quickstart", "model=resnet20", "model.depth=8", "model.widths=[4,8,8]", "threads=1", "device=cpu",

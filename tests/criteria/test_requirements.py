@@ -6,18 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prune_cli.config import compose, options
+from prune_cli.config.compose import compose
+from prune_cli.config.locations import options
+from prune_cli.config.nodes import resolve
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.criteria.requirements import check, needs_images
 from prune_cli.criteria.statistics import collect
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.budget import Budget
 from prune_cli.granularities.element import Element
 from prune_cli.granularities.filter import Filter
-from prune_cli.granularities.granularity import Granularity, select
-from prune_cli.granularities.targets import Rule
-from prune_cli.nodes import resolve
+from prune_cli.selection.budget import Budget
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.requirements import check, needs_images
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
 from tests.criteria.test_weights import Residual
 
 IMAGE = torch.zeros(1, 3, 8, 8)

@@ -87,7 +87,7 @@ def test_norms_are_found_by_execution_not_by_name_or_order_of_modules():
 
 
 def test_a_shared_layer_with_two_norms_has_none_of_its_own():
-    class Shared(nn.Module):
+    class Clustered(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.one, self.two = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
@@ -95,9 +95,9 @@ def test_a_shared_layer_with_two_norms_has_none_of_its_own():
         def forward(self, x: Tensor) -> Tensor:
             return self.two(self.conv(self.one(self.conv(x)).relu()))
 
-    assert norms(Shared(), IMAGE) == {}
+    assert norms(Clustered(), IMAGE) == {}
     images = torch.randn(4, 3, 8, 8)
-    model = Shared().eval()
+    model = Clustered().eval()
     got = collect(model, [(images, images)], ("mean",), None, IMAGE, at="pre_norm")["conv.weight"]["mean"]
     with torch.no_grad():
         first = model.conv(images)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prune_cli.criteria.requirements import KNOWN, MEASURED
 from prune_cli.criteria.statistics import collect
 from prune_cli.errors import ConfigError
+from prune_cli.selection.requirements import KNOWN, MEASURED
 
 EVERYTHING = tuple(sorted(MEASURED))
 

@@ -12,7 +12,8 @@ from prune_cli.criteria import weights
 from prune_cli.criteria.clustering import clustering
 from prune_cli.criteria.criterion import Criterion, LayerView, Norm
 from prune_cli.granularities.filter import Filter
-from prune_cli.granularities.granularity import Granularity, select
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
 
 
 def view(weight: torch.Tensor, **extra) -> LayerView:

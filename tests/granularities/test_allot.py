@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_cli.granularities.allot import Group, Limits, Vote, even, rank, smallest
+from prune_cli.granularities.units import Group, Vote
+from prune_cli.selection.ranking import Limits, even, rank, smallest
 
 
 def group(name: str, scores: list[float], ratio: float = 0.5, **more) -> Group:

@@ -11,18 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prune_cli import channels, measure, surgery
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import latency
-from prune_cli.granularities.allot import Limits, even, rank
-from prune_cli.granularities.budget import Budget, fit, kept_units
 from prune_cli.granularities.element import Element
 from prune_cli.granularities.filter import Filter
-from prune_cli.granularities.granularity import Context, Granularity, select
-from prune_cli.granularities.targets import Rule
-from prune_cli.plan import Plan
+from prune_cli.granularities.units import Context
+from prune_cli.measure import cost as measure
+from prune_cli.measure import layer_times
+from prune_cli.selection import latency_table
+from prune_cli.selection.budget import Budget, fit, kept_in_plan
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.ranking import Limits, even, rank
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
+from prune_cli.structure import follow, slicing, surgery
+from prune_cli.structure.plan import Plan
 from tests.granularities.test_filter import Residual
 
 L1 = Criterion(weights.l1)
@@ -39,7 +43,7 @@ def network(seed: int, widths: list[int]) -> nn.Module:
 
 def built(model: nn.Module, masks: dict[str, torch.Tensor]) -> measure.Cost:
     """Cost of the network that is really made smaller, from the producers' masks."""
-    plan = channels.analyse(model, IMAGE)
+    plan = follow.analyse(model, IMAGE)
     keep = plan.everything()
     for family in plan.families:
         for name, axis in family.producers:
@@ -47,7 +51,7 @@ def built(model: nn.Module, masks: dict[str, torch.Tensor]) -> measure.Cost:
                 weight = model.get_parameter(name)
                 rows = masks[name].expand(weight.shape).movedim(axis, 0).flatten(1).any(1)
                 keep[plan.axes[name][axis][~rows.numpy()]] = False
-    return measure.cost(surgery.shrink(model, plan, keep).model, IMAGE)
+    return measure.cost(surgery.remove_units(model, plan, keep).model, IMAGE)
 
 
 def groups_of(model: nn.Module, units: Filter | Element, dependency="group"):
@@ -95,7 +99,7 @@ def test_the_built_network_is_inside_and_one_unit_more_would_not_be(seed, widths
 def surgery_of(model: nn.Module, ranking, counts: list[int], quantity: str) -> int:
     """What the network costs that is built without these units."""
     plan = ranking.groups[0].structure.plan
-    keep = kept_units(ranking.groups, ranking.keep(counts))
+    keep = kept_in_plan(ranking.groups, ranking.keep(counts))
     return getattr(plan.count(keep), quantity)
 
 
@@ -104,8 +108,8 @@ def test_candidates_cost_what_the_built_network_costs():
     ranking = rank(groups_of(model, Filter()), "global", "none", Limits())
     plan = ranking.groups[0].structure.plan
     for step in range(0, ranking.steps + 1, 3):
-        keep = kept_units(ranking.groups, ranking.keep(ranking.counts(Fraction(step, ranking.steps))))
-        cost = measure.cost(surgery.shrink(model, plan, keep).model, IMAGE)
+        keep = kept_in_plan(ranking.groups, ranking.keep(ranking.counts(Fraction(step, ranking.steps))))
+        cost = measure.cost(surgery.remove_units(model, plan, keep).model, IMAGE)
         assert (cost.macs, cost.params) == (plan.count(keep).macs, plan.count(keep).params)
 
 
@@ -123,12 +127,12 @@ def test_budgets_with_coupled_layers(dependency, scope, quantity):
 
 
 def single_units(model: nn.Module) -> list[dict[str, torch.Tensor]]:
-    plan = channels.analyse(model, IMAGE)
+    plan = follow.analyse(model, IMAGE)
     masks = []
     for unit in range(1, plan.size):
         keep = plan.everything()
         keep[unit] = False
-        masks.append(surgery.structured_masks(model, plan, keep))
+        masks.append(slicing.structured_masks(model, plan, keep))
     return masks
 
 
@@ -222,19 +226,19 @@ def test_rules_may_choose_the_layers_of_a_budget():
 # ------------------------------------------------------------------------------------------------ latency
 
 
-def table(model: nn.Module, plan: Plan) -> latency.Table:
+def table(model: nn.Module, plan: Plan) -> latency_table.Table:
     """A table made by hand: 1 ms per million multiply-adds of a layer and 2 ms besides."""
     dense = plan.count_layers(plan.everything())
     import numpy as np
 
     line = np.array([0.0, 1.0])
     curves = {name: (line, line * cost.macs / 1e6) for name, cost in dense.items() if cost.macs}
-    return latency.Table(plan, dense, curves, (line, np.array([2.0, 2.0])), (line, np.array([1.5, 1.5])))
+    return latency_table.Table(plan, dense, curves, (line, np.array([2.0, 2.0])), (line, np.array([1.5, 1.5])))
 
 
 def test_predictions_are_interpolated_from_the_table():
     model = network(0, [8, 12])
-    plan = channels.analyse(model, IMAGE)
+    plan = follow.analyse(model, IMAGE)
     by_hand = table(model, plan)
     keep = plan.everything()
     keep[plan.families[0].units[:3]] = False
@@ -245,7 +249,7 @@ def test_predictions_are_interpolated_from_the_table():
 
 def test_a_latency_budget_is_met_by_prediction_then_measured(monkeypatch, caplog):
     model = network(0, [32, 48])
-    monkeypatch.setattr(latency, "measured", lambda model, plan, image: table(model, plan))
+    monkeypatch.setattr(latency_table, "measured", lambda model, plan, image: table(model, plan))
     whole = 2 + measure.cost(model, IMAGE).macs / 1e6
     target = round(2 + 0.5 * (whole - 2), 3)
     granularity = Granularity(Filter(), scope="global", budget=Budget(latency_ms=target))
@@ -263,21 +267,24 @@ def test_measured_tables_reproduce_the_times_they_were_made_from():
     torch.set_num_threads(1)
     model = network(0, [32, 64, 64]).eval()
     image = torch.zeros(1, 3, 48, 48)
-    plan = channels.analyse(model, image)
-    found = latency.measured(model, plan, image)
+    plan = follow.analyse(model, image)
+    found = latency_table.measured(model, plan, image)
     assert {"0", "1", "3", "6", "11"} <= set(found.layers)
     for at, times in found.layers.values():
         assert (times[1:] >= times[:-1]).all()
         assert (at > 0).all()
         assert at[-1] == 1
-    wide, narrow = found.predict(plan.everything()).median_ms, found.predict(latency._narrow(plan, 0.125)).median_ms
+    wide, narrow = (
+        found.predict(plan.everything()).median_ms,
+        found.predict(latency_table._narrow(plan, 0.125)).median_ms,
+    )
     assert 0 < narrow < wide  # 64 times fewer multiply-adds
 
 
 def test_layer_times_leave_out_what_is_inside_and_the_model_as_it_was():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()), nn.Conv2d(16, 4, 3), nn.Identity())
     model.train()
-    times = latency.layer_times(model, IMAGE, ["0", "0.0", "1", "other"])
+    times = layer_times.layer_times(model, IMAGE, ["0", "0.0", "1", "other"])
     assert set(times) == {"0", "0.0", "1"}
     assert all(value > 0 for value in times.values())
     assert model.training

@@ -1,4 +1,4 @@
-"""Which filters go: coupled layers that share a score, vote or stay whole, and what is said about the request."""
+"""LayerSelector filters go: coupled layers that share a score, vote or stay whole, and what is said about the request."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from prune_cli import channels, surgery
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
 from prune_cli.granularities.element import Element
 from prune_cli.granularities.filter import Filter
-from prune_cli.granularities.granularity import Granularity, select
-from prune_cli.granularities.targets import Rule
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
+from prune_cli.structure import follow, surgery
 
 L1 = Criterion(weights.l1)
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -123,14 +124,14 @@ def test_no_layer_is_emptied_and_nothing_grows_back(model, dependency, scope):
 def test_masked_equals_shrunk_for_every_way_of_deciding(model):
     for dependency in ("group", "union_keep", "inner_only"):
         chosen = select(Granularity(Filter(), 0.6, dependency=dependency), L1, model, IMAGE)
-        plan = channels.analyse(model, IMAGE)
+        plan = follow.analyse(model, IMAGE)
         keep = plan.everything()
         for name in ("stem", "inner"):
             ids = plan.axes[f"{name}.weight"][0]
             mask = chosen.masks.get(f"{name}.weight", torch.ones(1, 1, 1, 1))
             keep[ids] = mask.expand(len(ids), -1, -1, -1).flatten(1).any(1).numpy()
-        small = surgery.shrink(model, plan, keep).model
-        masked = surgery.shrink(model, plan, plan.everything()).model
+        small = surgery.remove_units(model, plan, keep).model
+        masked = surgery.remove_units(model, plan, plan.everything()).model
         with torch.no_grad():
             for name, mask in chosen.masks.items():
                 masked.get_parameter(name).mul_(mask)

@@ -9,10 +9,11 @@ from torch import nn
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import storage
-from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.kernel import Kernel
-from prune_cli.granularities.targets import Rule
+from prune_cli.measure import storage
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
 
 L2 = Criterion(weights.l2)
 

@@ -14,11 +14,12 @@ from torch import nn
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import storage
-from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.n_m import NM, nm_mask, parse, surplus
-from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import Rule
+from prune_cli.measure import storage
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
 
 L1 = Criterion(weights.l1)
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -169,7 +170,7 @@ def test_forms_know_patterns_axes_and_irregular_layers():
     model = nn.Sequential(nn.Conv2d(8, 4, 3), nn.ConvTranspose2d(4, 8, 3), nn.Conv2d(8, 8, 1))
     asked = {"0.weight": "m8n1", "1.weight": "m4n2", "2.weight": 0.5}
     assert NM().forms(model, asked) == {
-        "0.weight": Form("n_m", {"m": 8, "n": 1, "axis": 1}),
-        "1.weight": Form("n_m", {"m": 4, "n": 2, "axis": 0}),
+        "0.weight": MaskFormat("n_m", {"m": 8, "n": 1, "axis": 1}),
+        "1.weight": MaskFormat("n_m", {"m": 4, "n": 2, "axis": 0}),
     }
-    assert NM().forms(model, {"2.weight": 0.75}) == {"2.weight": Form("n_m", {"m": 4, "n": 1, "axis": 1})}
+    assert NM().forms(model, {"2.weight": 0.75}) == {"2.weight": MaskFormat("n_m", {"m": 4, "n": 1, "axis": 1})}

@@ -17,11 +17,12 @@ from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
 from prune_cli.granularities import pattern as patterns
-from prune_cli.granularities import storage
-from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.pattern import Pattern
-from prune_cli.granularities.storage import Form
-from prune_cli.granularities.targets import Rule
+from prune_cli.measure import storage
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
 
 L1, L2 = Criterion(weights.l1), Criterion(weights.l2)
 IMAGE = torch.zeros(1, 3, 12, 12)
@@ -166,7 +167,7 @@ def test_storage():
     mask = torch.zeros(8, 8, 3, 3, dtype=torch.bool)
     mask.view(64, 9)[:40, :4] = True
     form = Pattern(library=6).forms(nn.Sequential(nn.Conv2d(8, 8, 3)), {})["0.weight"]
-    assert form == Form("pattern", {"entries": 4, "library": 6})
+    assert form == MaskFormat("pattern", {"entries": 4, "library": 6})
     assert Pattern("fixed5").forms(nn.Conv2d(8, 8, 1), {}) == {}
     name, cost = storage.stored(form, mask, mask.shape, bits=16)
     assert name == "pattern"

@@ -11,13 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prune_cli.channels import removed
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
 from prune_cli.granularities.element import Element
-from prune_cli.granularities.granularity import Granularity, Group, keep_units, normalized, select
-from prune_cli.granularities.targets import Rule, ratios
+from prune_cli.granularities.units import Group
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.ranking import normalized
+from prune_cli.selection.select import keep_units, select
+from prune_cli.selection.targets import Rule, ratios
+from prune_cli.structure.keep import removed
 
 L1 = Criterion(weights.l1)
 

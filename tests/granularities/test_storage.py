@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_cli.granularities import storage
+from prune_cli.compression import gaps
 from prune_cli.granularities.n_m import nm_mask
-from prune_cli.granularities.storage import Form
+from prune_cli.measure import storage
+from prune_cli.measure.storage import MaskFormat
 
 
 def test_dense_and_filters():
@@ -24,10 +25,10 @@ def test_fillers_cover_every_zero_that_codes_do_not():
     mask = torch.zeros(50, dtype=torch.bool)
     mask[[3, 20, 21]] = True
     # runs of 3, 16, 0 and 28 zeros; a filler of 2 bits covers 4, of 4 bits 16
-    assert storage.fillers(mask, 2) == 0 + 4 + 0 + 7
-    assert storage.fillers(mask, 4) == 0 + 1 + 0 + 1
-    assert storage.fillers(torch.zeros(16, dtype=torch.bool), 4) == 1
-    assert storage.fillers(torch.ones(5, dtype=torch.bool), 4) == 0
+    assert gaps.fillers(mask, 2) == 0 + 4 + 0 + 7
+    assert gaps.fillers(mask, 4) == 0 + 1 + 0 + 1
+    assert gaps.fillers(torch.zeros(16, dtype=torch.bool), 4) == 1
+    assert gaps.fillers(torch.ones(5, dtype=torch.bool), 4) == 0
 
 
 def test_single_weights_take_the_cheapest_indices():
@@ -45,7 +46,7 @@ def random_mask(seed: int, *shape: int, density: float) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < density
 
 
-N_M = Form("n_m", {"m": 4, "n": 2, "axis": 1})
+N_M = MaskFormat("n_m", {"m": 4, "n": 2, "axis": 1})
 
 
 def test_a_mask_is_stored_in_its_form_while_it_has_it():
@@ -58,7 +59,7 @@ def test_a_mask_is_stored_in_its_form_while_it_has_it():
     assert (name, cost) == ("element", storage.element(across, across.shape))
     # Transposed weights have their input channels in front.
     turned = keep.transpose(0, 1)
-    assert storage.stored(Form("n_m", {"m": 4, "n": 2, "axis": 0}), turned, turned.shape)[0] == "n_m"
+    assert storage.stored(MaskFormat("n_m", {"m": 4, "n": 2, "axis": 0}), turned, turned.shape)[0] == "n_m"
 
 
 def test_zeros_inside_a_form_are_stored_as_values_only_where_that_is_less():
@@ -67,28 +68,31 @@ def test_zeros_inside_a_form_are_stored_as_values_only_where_that_is_less():
     assert storage.stored(N_M, dead, dead.shape) == ("element", storage.element(dead, dead.shape))
     one = nm_mask(torch.randn(64, 64), 8, 1)
     one[0, 0:8] = False  # here the format's 3 bits per weight are less than any other index
-    name, cost = storage.stored(Form("n_m", {"m": 8, "n": 1, "axis": 1}), one, one.shape)
+    name, cost = storage.stored(MaskFormat("n_m", {"m": 8, "n": 1, "axis": 1}), one, one.shape)
     assert (name, cost.values, cost.indices) == ("n_m", 64 * 8 * 4, 64 * 8 * 3 // 8)
     stripes = torch.ones(8, 16, 3, 3, dtype=torch.bool)
     stripes[:, :, 0] = False
     inside = stripes & random_mask(1, *stripes.shape, density=0.5)
-    assert storage.stored(Form("stripe"), stripes, stripes.shape)[0] == "stripe"
-    assert storage.stored(Form("stripe"), inside, inside.shape)[0] == "element"
+    assert storage.stored(MaskFormat("stripe"), stripes, stripes.shape)[0] == "stripe"
+    assert storage.stored(MaskFormat("stripe"), inside, inside.shape)[0] == "element"
 
 
 def test_filters_that_were_masked_across_cost_their_zeros_or_less():
     mask = torch.ones(6, 4, 3, 3, dtype=torch.bool)
     mask[1], mask[:, 2] = False, False
-    assert storage.stored(Form("filters"), mask, mask.shape) == ("filters", storage.Storage(5 * 3 * 9 * 4, bitmaps=2))
+    assert storage.stored(MaskFormat("filters"), mask, mask.shape) == (
+        "filters",
+        storage.Storage(5 * 3 * 9 * 4, bitmaps=2),
+    )
     mask[0, 0, 0, 0] = False
-    name, cost = storage.stored(Form("filters"), mask, mask.shape)
+    name, cost = storage.stored(MaskFormat("filters"), mask, mask.shape)
     assert (name, cost.total) == ("filters", 542)  # one zero as a value is less than 216 bits
     norm = torch.tensor([True] * 5 + [False] * 27)
-    assert storage.stored(Form("filters"), norm, norm.shape) == ("filters", storage.Storage(20, bitmaps=4))
+    assert storage.stored(MaskFormat("filters"), norm, norm.shape) == ("filters", storage.Storage(20, bitmaps=4))
 
 
 def test_patterns_hold_parts_of_themselves_but_no_others():
-    form = Form("pattern", {"entries": 4, "library": 2})
+    form = MaskFormat("pattern", {"entries": 4, "library": 2})
     mask = torch.zeros(4, 8, 3, 3, dtype=torch.bool)
     kernels = mask.view(32, 9)
     kernels[:10, [0, 1, 3, 4]] = True
@@ -106,7 +110,7 @@ def test_patterns_hold_parts_of_themselves_but_no_others():
     assert storage.stored(form, mask, mask.shape)[0] == "element"
 
 
-@pytest.mark.parametrize("form", [Form(), N_M, Form("filters")])
+@pytest.mark.parametrize("form", [MaskFormat(), N_M, MaskFormat("filters")])
 def test_what_removes_next_to_nothing_is_dense(form):
     mask = torch.ones(16, 16, dtype=torch.bool)
     assert storage.stored(form, mask, mask.shape, bits=16) == ("dense", storage.Storage(512))
@@ -119,7 +123,7 @@ def test_what_removes_next_to_nothing_is_dense(form):
 def test_values_cover_what_is_kept_and_zeros_among_them_are_never_the_dearer_way(seed, name, density):
     numbers = {"n_m": {"m": 4, "n": 2, "axis": 1}, "pattern": {"entries": 4, "library": 8}}.get(name, {})
     mask = random_mask(seed, 4, 6, 3, 3, density=density)
-    _, cost = storage.stored(Form(name, numbers), mask, mask.shape)
+    _, cost = storage.stored(MaskFormat(name, numbers), mask, mask.shape)
     needed = 4 * int(mask.sum())
     assert needed <= cost.values and cost.total <= 4 * mask.numel()
     if cost.values > needed:

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from prune_cli import measure
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities import storage
-from prune_cli.granularities.budget import Budget
-from prune_cli.granularities.granularity import Granularity, select
 from prune_cli.granularities.stripe import Stripe
-from prune_cli.granularities.targets import Rule
+from prune_cli.measure import cost as measure
+from prune_cli.measure import storage
+from prune_cli.selection.budget import Budget
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import select
+from prune_cli.selection.targets import Rule
 
 L1, L2 = Criterion(weights.l1), Criterion(weights.l2)
 IMAGE = torch.zeros(1, 3, 8, 8)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prune_cli.errors import ConfigError
-from prune_cli.measure import cost
+from prune_cli.measure.cost import cost
 from prune_cli.models.inception_v3 import inception_v3
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prune_cli.errors import ConfigError
-from prune_cli.measure import cost
+from prune_cli.measure.cost import cost
 from prune_cli.models.mobilenet_v1 import mobilenet_v1
 
 

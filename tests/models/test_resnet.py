@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torchvision import models as zoo
 
 from prune_cli.errors import ConfigError
-from prune_cli.measure import cost
+from prune_cli.measure.cost import cost
 from prune_cli.models.resnet import cfg_of, dense_cfg, dense_projection, projection_of, resnet
 
 RESNET18 = [[64], [64, 64], [64, 64], [128, 128], [128, 128], [256, 256], [256, 256], [512, 512], [512, 512]]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from prune_cli.errors import ConfigError
-from prune_cli.measure import cost
+from prune_cli.measure.cost import cost
 from prune_cli.models.resnet_cifar import PadShortcut, resnet_cifar
 
 

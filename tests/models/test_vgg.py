@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_cli.errors import ConfigError
-from prune_cli.measure import cost
+from prune_cli.measure.cost import cost
 from prune_cli.models.vgg import cfg_of, dense_cfg, vgg
 
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from prune_cli.channels import analyse
 from prune_cli.errors import ConfigError
 from prune_cli.models.resnet import resnet
 from prune_cli.models.resnet_cifar import resnet_cifar
 from prune_cli.models.vgg import vgg
 from prune_cli.regularisers.groups import CHOSEN, Slices, group_lasso, growing, magnitudes, shrinkage
 from prune_cli.regularisers.norm_scales import inner_scales, norm_scales, scales
+from prune_cli.structure.follow import analyse
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 

@@ -11,8 +11,8 @@ import pandas
 import pytest
 import torch
 
-from prune_cli.checkpoints import read_state_dict
-from prune_cli.config import options
+from prune_cli.config.locations import options
+from prune_cli.files.weights import read_state_dict
 from tests.test_faults import folder_of, sums
 from tests.test_processes import torchrun
 

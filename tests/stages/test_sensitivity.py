@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
-from prune_cli.channels import removed
-from prune_cli.checkpoints import read_state_dict
+from prune_cli.files.weights import read_state_dict
 from prune_cli.stages.sensitivity import Point, ratio_file, safe_ratio, zeroed
 from prune_cli.stages.sensitivity_plot import curves
+from prune_cli.structure.keep import removed
 
 NET = (
     "recipe=quickstart", "train.epochs=2", "latency=false", "device=cpu", "stages=[train,sensitivity]",
@@ -118,7 +118,7 @@ def test_the_ratio_file_prunes_what_it_says(prune):
 
 
 def test_it_goes_on_where_it_was_stopped(prune, monkeypatch):
-    from prune_cli import measure
+    from prune_cli.measure import accuracy, cost
 
     def counting(*arguments):
         counting.calls += 1
@@ -126,9 +126,9 @@ def test_it_goes_on_where_it_was_stopped(prune, monkeypatch):
             raise KeyboardInterrupt
         return original(*arguments)
 
-    original = measure.accuracy
+    original = accuracy.accuracy
     assert prune("run", *NET, "granularity=filter", "stages=[train]").code == 0
-    monkeypatch.setattr(measure, "accuracy", counting)
+    monkeypatch.setattr(cost, "accuracy", counting)
     counting.calls, counting.stop_at = 0, 5
     assert prune("run", *NET, "granularity=filter").code != 0
     counting.calls, counting.stop_at = 0, 0

@@ -13,10 +13,12 @@ import pandas
 import pytest
 import torch
 
-from prune_cli import coding, load_pruned
-from prune_cli.checkpoints import read_state_dict
-from prune_cli.compressed import MAGIC
+from prune_cli import load_pruned
+from prune_cli.compression import huffman
+from prune_cli.compression import kmeans as clustering
+from prune_cli.compression.container import MAGIC
 from prune_cli.errors import CheckpointError
+from prune_cli.files.weights import read_state_dict
 from tests.conftest import ROOT
 from tests.test_compressed import rewritten
 
@@ -51,7 +53,7 @@ def test_few_values_the_same_zeros_and_trained_centroids(shared):
     for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
         assert torch.equal(after[name] == 0, before[name] == 0)
         assert len(after[name].unique()) <= 2**6
-        kmeans = coding.share(before[name], before[name] != 0, 2**6 - 1).weight
+        kmeans = clustering.cluster(before[name], before[name] != 0, 2**6 - 1).weight
         assert not torch.equal(after[name], kmeans)
         assert float((after[name] - kmeans).abs().max()) < 0.2
     assert not torch.equal(after["fc1.bias"], before["fc1.bias"])
@@ -80,9 +82,9 @@ def test_bytes_of_the_stages_by_hand(shared):
         assert layers.loc[name, "bytes_pruned"] == math.ceil(entries * 37 / 8) + bias
         assert layers.loc[name, "bytes_shared"] == math.ceil(entries * (codes + 5) / 8) + book + bias
         gaps = np.bincount(np.concatenate([runs[:-1] % 32, np.full(fillers, 31)]).astype(int))
-        ideal = entries * (coding.entropy(counts) + coding.entropy(gaps))
+        ideal = entries * (huffman.entropy(counts) + huffman.entropy(gaps))
         assert layers.loc[name, "bytes_entropy"] == math.ceil(math.ceil(ideal) / 8) + book + bias
-        bits = sum(int((coding.code_lengths(count).astype(int) * count).sum()) for count in (counts, gaps))
+        bits = sum(int((huffman.code_lengths(count).astype(int) * count).sum()) for count in (counts, gaps))
         tables = len(counts) + 32 + 2 * 2 * math.ceil(entries / 1024)
         assert layers.loc[name, "bytes_huffman"] == pytest.approx(bits / 8 + tables + book + bias, abs=2)
         assert layers.loc[name, "bytes_codebooks"] == book
@@ -187,7 +189,7 @@ def test_damaged_files_are_refused_in_one_line_by_every_reader(shared, prune, wo
 
 @pytest.mark.parametrize("stop_after", [1, 30])
 def test_stopping_and_going_on_gives_the_same_bits(prune, monkeypatch, stop_after):
-    from prune_cli import fit as loop
+    from prune_cli.training import fit as loop
 
     whole = (*DIGITS, "share.epochs=3", "share.fit.ema=0.9", "optimizer@share.optimizer=adamw")
     first = prune(*whole)
@@ -218,7 +220,7 @@ def test_without_fine_tuning_it_is_k_means(prune):
     before, after = weights(result.folder / "prune"), weights(result.folder / "share")
     for name in ("fc1.weight", "fc3.weight"):
         assert torch.equal(
-            after[name], coding.share(before[name], before[name] != 0, 2**3 - ("fc3" not in name)).weight
+            after[name], clustering.cluster(before[name], before[name] != 0, 2**3 - ("fc3" not in name)).weight
         )
     assert torch.equal(before["fc1.bias"], after["fc1.bias"])
 

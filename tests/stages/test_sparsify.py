@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from prune_cli.checkpoints import read_state_dict
-from prune_cli.config import options
+from prune_cli.config.locations import options
+from prune_cli.files.weights import read_state_dict
 
 NET = (
     "recipe=resnet20_cifar10_filter", "dataset=fake", "model.depth=8", "model.widths=[4,4,8]", "dataset.shape=[3,8,8]",
@@ -65,7 +65,7 @@ def test_growing_regularisation_empties_the_chosen_units(prune):
 )
 @pytest.mark.parametrize("stop_after", [5, 14, 19])  # before the choice, which falls into step 13, and after it
 def test_stopping_and_going_on_gives_the_same_bits(prune, monkeypatch, keys, stop_after):
-    from prune_cli import fit as loop
+    from prune_cli.training import fit as loop
 
     whole = (*NET, "stages=[train,sparsify]", "sparsify.epochs=3", *keys, "sparsify.fit.checkpoint_seconds=0")
     monkeypatch.setenv("PRUNE_STORE", "whole")

@@ -1,0 +1,158 @@
+"""Recipes on disk, the schema of the root config, and composition errors as one line. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from prune_cli.config.locations import GROUPS, options, searchpath, shipped
+from prune_cli.errors import ConfigError, nearest
+
+
+def require_recipe(overrides: list[str]) -> None:
+    """Checks `recipe=` before Hydra makes an output folder.
+
+    Raises:
+        ConfigError: no recipe, or one that does not exist; names the nearest.
+    """
+    chosen = [value.split("=", 1)[1] for value in overrides if value.startswith("recipe=")]
+    if not chosen:
+        raise ConfigError("which recipe? give recipe=NAME, for example recipe=quickstart (see `prune list recipe`)")
+    known = options("recipe")
+    for name in _sweep_values(chosen[-1]):
+        if name not in known:
+            raise ConfigError(f"there is no recipe {name!r}{nearest(name, known)}")
+
+
+def _sweep_values(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if "(" not in text else []
+
+
+def hydra_arguments(overrides: list[str]) -> list[str]:
+    """The overrides plus Hydra's search path for the user's recipe folders, unless one was given."""
+    folders = searchpath()
+    if not folders or any(text.startswith("hydra.searchpath=") for text in overrides):
+        return overrides
+    return [*overrides, "hydra.searchpath=[" + ",".join(_quoted(f"file://{folder}") for folder in folders) + "]"]
+
+
+def _quoted(text: str) -> str:
+    """A string that Hydra's grammar of overrides reads as it is, whatever characters a path has."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed config as plain, resolved data, and the option that was chosen in each group."""
+
+    config: dict[str, Any]
+    choices: dict[str, str]
+
+
+def compose(overrides: list[str]) -> Composed:
+    """Composes a config outside `prune run`.
+
+    Raises:
+        ConfigError: anything that does not compose, in one line.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():
+        GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(shipped()), version_base="1.3"):
+            config = hydra.compose("config", hydra_arguments(overrides), return_hydra_config=True)
+        choices = {str(key): str(value) for key, value in config.hydra.runtime.choices.items()}
+        return Composed(plain(config, overrides), choices)
+    except Exception as error:
+        raise translate(error, overrides) from error
+
+
+def plain(config: Any, overrides: list[str]) -> dict[str, Any]:
+    """A composed config as plain, resolved data, without `hydra` and without keys that no longer apply.
+
+    Where the command line chooses another option of a group than the recipe, keys that the recipe set for its own
+    option would be unknown to the new one (`schedule=one_shot` under a recipe with `schedule.retrain_epoch`); those
+    that the new option's file does not have, and the command line does not set, are dropped.
+    """
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    given = {text.split("=", 1)[0].lstrip("+") for text in overrides}
+    with open_dict(config):
+        config.pop("hydra", None)
+        for text in overrides:
+            match = re.fullmatch(r"(\w+)(?:@([\w.]+))?=([\w/.-]+)", text)
+            if not match or match.group(1) not in GROUPS or match.group(1) == "recipe":
+                continue
+            group, package, name = match.groups()
+            node = OmegaConf.select(config, package or group)
+            if node is None or name not in (found := options(group)):
+                continue
+            known = OmegaConf.load(found[name])
+            for key in [str(key) for key in node]:
+                prefix = f"{package or group}.{key}"
+                set_here = any(name == prefix or name.startswith(prefix + ".") for name in given)
+                if key not in known and not set_here and group != "stage":  # stages get more keys from their defaults
+                    del node[key]
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise translate(error, overrides) from error
+
+
+def translate(error: Exception, overrides: list[str]) -> Exception:
+    """A composition error of Hydra, OmegaConf or YAML as a ConfigError of one line; other errors as they are."""
+    module = type(error).__module__
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        numbers = [
+            key for key, _, value in (text.partition("=") for text in overrides) if not re.search("[a-zA-Z]", value)
+        ]
+        return ConfigError(
+            f"{next((key for key in numbers if key in GROUPS), 'a group')}: options have names; see `prune list`"
+        )
+    if module.startswith("yaml."):
+        return ConfigError(f"a recipe file is no YAML: {' '.join(str(error).split())}")
+    if not module.startswith(("hydra.", "omegaconf.")):
+        return error
+    text = str(error)
+    if match := re.search(r"Could not find '([\w./-]+)/([^'/]+)'", text):
+        group, name = match.groups()
+        return ConfigError(f"{group}={name}: there is no such option{nearest(name, options(group))}")
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1)
+        if "@" not in key and "/" not in key:
+            return ConfigError(f"{key}: unknown key{_nearest_key(key, overrides)}")
+        return ConfigError(f"{key}: there is no such group in the defaults{nearest(key, GROUPS)}")
+    if match := re.search(r"Error parsing override '([^']*)'", text):
+        return ConfigError(f"{match.group(1)!r} is not an override; write key=value, for example seed=1")
+    if match := re.search(r"Error merging override ([^=\s]+)=", text):
+        reason = (str(error.__cause__ or "").splitlines() or [""])[0]
+        return ConfigError(
+            f"{match.group(1).lstrip('+')}: the value is of another kind than in the recipe{reason and ': ' + reason}"
+        )
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return ConfigError(f"{match.group(1)}: needs a value; give {match.group(1)}=...")
+    return ConfigError(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def _nearest_key(key: str, overrides: list[str]) -> str:
+    """Suggests dotted keys near one that Hydra refused, from the config without the offending override."""
+    kept = [text for text in overrides if not text.lstrip("+~").startswith(key)]
+    try:
+        config = compose([text for text in kept if "hydra." not in text]).config
+    except ConfigError:
+        return ""
+    names = list(_dotted(config))
+    depth = key.count(".")
+    return nearest(key, [name for name in names if name.count(".") == depth] or names)
+
+
+def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield prefix + str(name)
+            yield from _dotted(value, f"{prefix}{name}.")

@@ -1,0 +1,168 @@
+"""From config nodes to Python objects: `_target_` nodes are located, checked against the signature, bound.
+
+Hydra's own `instantiate` finds a wrong keyword of a partial only when it is called, after training. Here every
+key and type is checked at once, and every message names the key's full path and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Union
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from prune_cli.config.locations import GROUPS
+from prune_cli.errors import ConfigError, nearest
+
+SPECIAL = ("_target_", "_partial_")
+# Code that shipped files may name; anything else is the user's own and its source is part of the store key.
+TRUSTED = ("prune_cli.", "torch.", "torchvision.")
+
+
+def locate(target: str, path: str) -> Callable[..., Any]:
+    """Returns the function or class that a dotted name stands for.
+
+    Raises:
+        ConfigError: the module does not import or has no such attribute.
+    """
+    module_name, _, attribute = target.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"{path}._target_: {target!r} is not a dotted name such as 'my_module.score'")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{path}._target_: cannot import {module_name!r} ({error})") from error
+    if not callable(found := getattr(module, attribute, None)):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ConfigError(f"{path}._target_: {module_name!r} has no {attribute!r}{nearest(attribute, names)}")
+    return found
+
+
+def resolve(node: Any, path: str, annotation: Any = None, runtime: Sequence[str] = ()) -> Any:
+    """Turns plain config data into what it describes.
+
+    Args:
+        node: data without interpolations: a mapping with `_target_` becomes the call's result, or a partial where
+            `_partial_: true`; a mapping for a parameter that is annotated with a dataclass becomes that dataclass, one
+            for a mapping of dataclasses a dictionary of them.
+        path: dotted path of the node, for messages.
+        annotation: type of the parameter that will receive the result.
+        runtime: names of parameters that are passed later, at the call; the result is then always a partial.
+
+    Raises:
+        ConfigError: an unknown, missing or ill-typed key, or a target that cannot be found.
+    """
+    if isinstance(node, Mapping) and "_target_" in node:
+        function = locate(str(node["_target_"]), path)
+        return _bind(function, node, path, runtime, partial=bool(node.get("_partial_")) or bool(runtime))
+    if isinstance(node, Mapping) and (dataclass := _dataclass_in(annotation)):
+        return _bind(dataclass, node, path, runtime, partial=bool(runtime))
+    if isinstance(node, Mapping) and typing.get_origin(annotation) in (dict, Mapping):
+        values = typing.get_args(annotation)[1]
+        if _dataclass_in(values):
+            return {str(key): resolve(value, f"{path}.{key}", values) for key, value in node.items()}
+    if annotation is None:
+        if isinstance(node, Mapping):
+            return {key: resolve(value, f"{path}.{key}") for key, value in node.items()}
+        if isinstance(node, list | tuple):
+            return [resolve(value, f"{path}[{index}]") for index, value in enumerate(node)]
+        return node
+    return validate(node, path, annotation)
+
+
+def validate(value: Any, path: str, annotation: Any) -> Any:
+    """Checks plain data against a type annotation and returns it converted (lists to tuples, str to Path).
+
+    Raises:
+        ConfigError: one line with the path, what was expected and what was found.
+    """
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except Exception:  # pydantic refuses to hold a config for types that bring their own
+        adapter = TypeAdapter(annotation)
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([path, *(str(part) for part in first["loc"] if not _is_type_name(part))])
+        found = first["input"]
+        hint = ""
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden") and (
+            dataclass := _dataclass_in(annotation)
+        ):
+            names = [field.name for field in dataclasses.fields(dataclass)]
+            hint = nearest(str(first["loc"][-1]), names)
+        if first["type"] == "callable_type" and (group := where.rpartition(".")[2]) in GROUPS:
+            raise ConfigError(f"{where}: choose an option of the group {group} by {group}@{where}={found}") from error
+        message = f"{first['msg'][0].lower()}{first['msg'][1:]}".replace("a valid tuple", "a list")
+        raise ConfigError(f"{where}: {message}, got {found!r}{hint}") from error
+
+
+def _is_type_name(part: object) -> bool:
+    """Union members and wrappers show up in pydantic's locations; they mean nothing to a user."""
+    return isinstance(part, str) and (part in _TYPE_NAMES or "[" in part or part[:1].isupper())
+
+
+_TYPE_NAMES = frozenset({"int", "float", "str", "bool", "constrained-float", "constrained-int", "function-after"})
+
+
+def _bind(
+    function: Callable[..., Any], node: Mapping[str, Any], path: str, runtime: Sequence[str], *, partial: bool
+) -> Any:
+    parameters = dict(inspect.signature(function).parameters)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    hints = _hints(function)
+    given = {str(key): value for key, value in node.items() if key not in SPECIAL}
+    # A partial is completed by its caller with positional arguments, which come first in the signature.
+    later = {
+        name
+        for name, parameter in parameters.items()
+        if name in runtime
+        or (partial and parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+    }
+    settable = [name for name in parameters if name not in later and name not in ("self", "args", "kwargs")]
+    keywords = {}
+    for key, value in given.items():
+        if key not in settable and not open_ended:
+            raise ConfigError(f"{path}.{key}: unknown key{nearest(key, settable)}")
+        keywords[key] = resolve(value, f"{path}.{key}", hints.get(key))
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and name not in keywords
+        and name not in later
+    ]
+    if missing:
+        raise ConfigError(f"{path}: needs a value for {', '.join(missing)}")
+    bound = functools.partial(function, **keywords)
+    if partial:
+        return bound
+    try:
+        return bound()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    plain_class = isinstance(function, type) and not dataclasses.is_dataclass(function)
+    owner = getattr(function, "__init__") if plain_class else function  # noqa: B009
+    try:
+        return typing.get_type_hints(owner, include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        return {}  # annotations that exist for type checkers only: nothing to check against
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return annotation
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return next((found for part in typing.get_args(annotation) if (found := _dataclass_in(part))), None)
+    return None

@@ -1,0 +1,402 @@
+"""A pruned network as files: `pruned.yaml` says what it is, `weights.safetensors` holds its numbers.
+
+    format: 1
+    model: {builder: prune_cli.models.vgg.vgg, arguments: {depth: 16, ...}}
+    num_classes, in_shape      what the builder is given besides
+    widths                     layer -> outputs of every convolution and linear layer
+    cfg, projection            the same as the builder takes them, where it can build the small network from widths
+    kept                       which positions of the dense network's parameters and buffers are left, as ranges
+    attributes, scales         numbers in modules that followed; factors on parameters (see surgery.Lineage)
+    stripes                    convolution -> numbers of its stripes, where it is a stripe_conv.StripeConv2d
+    dense_sha256               of the dense network's weights, as in results.csv
+    masks                      file of masks, where weights are masked inside the tensors
+    sha256                     of the files beside it
+    checksum                   of all that is written above it
+
+A compressed file says the same in its header, without masks and hashes. Loading builds the dense network, takes out
+what `kept` leaves out, and fills in the weights. Only builders of this package are called, on plain values; anything
+else, and any change by hand, is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from prune_cli import masks as masking
+from prune_cli.compression import container
+from prune_cli.errors import CheckpointError, ConfigError, SurgeryError
+from prune_cli.files import artifacts
+from prune_cli.files.builders import FAMILIES, PLAIN, build, construct
+from prune_cli.files.fitting import fit_weights
+from prune_cli.files.weights import load_weights, read_state_dict, write_weights
+from prune_cli.hashing import file_sha256
+from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.structure import rebuild
+from prune_cli.structure.lineage import Lineage
+from prune_cli.structure.prunable import PRUNABLE
+
+FORMAT = 1
+HEADER = "# A pruned network, to be loaded by prune_cli.load_pruned(FOLDER). Not to be edited: it carries checksums.\n"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `pruned.yaml` says, beside what is computed from the network itself.
+
+    Attributes:
+        node: builder and arguments, as in a recipe's `model`; an unknown builder for a user's own network.
+        lineage: what is left of the dense network.
+        num_classes: outputs of the network, or None where nobody said.
+        in_shape: (channels, height, width) of an input, or None.
+        dense_sha256: hash of the dense network's weights; None where a library call made the network.
+        cfg: arguments from which the builder makes the small network itself: `cfg` and perhaps `projection`.
+    """
+
+    node: Mapping[str, Any]
+    lineage: Lineage = field(default_factory=Lineage)
+    num_classes: int | None = None
+    in_shape: tuple[int, ...] | None = None
+    dense_sha256: str | None = None
+    cfg: Mapping[str, Any] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def write(folder: Path, model: nn.Module, record: Record, masks: masking.Masks | None = None) -> None:
+    """Writes `pruned.yaml`, the weights and, where there are any, the masks; the yaml last.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    files = [artifacts.WEIGHTS]
+    write_weights(model.state_dict(), folder / artifacts.WEIGHTS)
+    if masks:
+        write_weights(dict(masks), folder / artifacts.MASKS)
+        files.append(artifacts.MASKS)
+    content = description(model, record)
+    content["masks"] = artifacts.MASKS if masks else None
+    content["sha256"] = {name: file_sha256(folder / name) for name in files}
+    content["checksum"] = _checksum(content)
+    dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text = yaml.dump(content, Dumper=dumper, sort_keys=False, default_flow_style=None, width=120)
+    artifacts.write_text(folder / artifacts.PRUNED, HEADER + text)
+
+
+def description(model: nn.Module, record: Record) -> dict[str, Any]:
+    """What a file says of a network, as JSON data; without what it says of other files."""
+    arguments = {k: v for k, v in record.node.items() if k not in ("_target_", "num_classes", "in_shape", "weights")}
+    attributes = {name: dict(values) for name, values in record.lineage.attributes.items()}
+    if arguments.get("pretrained") and hasattr(model, "transform_input"):  # set by pretrained weights, not by arguments
+        attributes.setdefault("", {})["transform_input"] = bool(model.transform_input)
+    return {
+        "format": FORMAT,
+        "model": {"builder": record.node.get("_target_"), "arguments": arguments},
+        "num_classes": record.node.get("num_classes", record.num_classes),
+        "in_shape": record.node.get("in_shape") or (list(record.in_shape) if record.in_shape else None),
+        "widths": recorded_widths(model),
+        **_cfg(model, record),
+        "kept": _grouped(record.lineage),
+        "attributes": attributes,
+        "scales": {name: list(values) for name, values in record.lineage.scales.items()},
+        "stripes": {name: ranges(numbers) for name, numbers in record.lineage.stripes.items()},
+        "dense_sha256": record.dense_sha256,
+    }
+
+
+def recorded_widths(model: nn.Module) -> dict[str, int]:
+    """Outputs of every convolution and linear layer, by dotted name."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (*PRUNABLE, StripeConv2d)):
+            continue
+        width = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
+        assert isinstance(width, int)
+        found[name] = width
+    return found
+
+
+def _cfg(model: nn.Module, record: Record) -> dict[str, Any]:
+    """`cfg` (and `projection`) where the builder makes exactly this network from them, else nothing."""
+    target = str(record.node.get("_target_"))
+    if not target.startswith(FAMILIES):
+        return {}
+    family = importlib.import_module(target.rpartition(".")[0])
+    found = {
+        key: function
+        for key, function in (
+            ("cfg", getattr(family, "cfg_of", None)),
+            ("projection", getattr(family, "projection_of", None)),
+        )
+        if function is not None
+    }
+    try:
+        values = {key: function(model) for key, function in found.items()}
+        if not values:
+            return {}
+        with torch.device("meta"):
+            twin = construct(dict(record.node) | values, record.num_classes, record.in_shape)
+    except (ConfigError, AttributeError):
+        return {}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    same = shapes == {name: tensor.shape for name, tensor in twin.state_dict().items()}
+    followed = record.lineage.attributes.items()
+    modules = dict(twin.named_modules())
+    same = same and all(
+        name in modules and all(_plainly(getattr(modules[name], key, None)) == value for key, value in values_.items())
+        for name, values_ in followed
+    )
+    return values if same and not record.lineage.scales else {}
+
+
+def _plainly(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _grouped(lineage: Lineage) -> list[dict[str, Any]]:
+    """Kept indices, each once, with the axes that share them."""
+    sharing: dict[tuple[int, ...], list[str]] = {}
+    for name, axes in lineage.kept.items():
+        for axis, indices in axes.items():
+            sharing.setdefault(tuple(indices), []).append(f"{name} {axis}")
+    return [{"axes": axes, "indices": ranges(indices)} for indices, axes in sharing.items()]
+
+
+def ranges(indices: tuple[int, ...]) -> str:
+    """Increasing indices as text: 0, 1, 2, 5, 7, 8 is `0-2 5 7-8`."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and index == parts[-1][1] + 1:
+            parts[-1][1] = index
+        else:
+            parts.append([index, index])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def indices_of(text: str) -> tuple[int, ...]:
+    """The inverse of `ranges`.
+
+    Raises:
+        ValueError: not increasing numbers and ranges.
+    """
+    found: list[int] = []
+    for part in str(text).split():
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        if not match:
+            raise ValueError(f"{part!r} is not an index or a range such as 3-7")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first > 10_000_000 or last < first or (found and first <= found[-1]):
+            raise ValueError(f"{part!r} does not go on upwards")
+        found.extend(range(first, last + 1))
+    return tuple(found)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Found:
+    """A `pruned.yaml` that was read and checked as far as it goes without a network."""
+
+    record: Record
+    widths: Mapping[str, int]
+    has_masks: bool
+
+
+def read(folder: Path) -> Found:
+    """Reads and checks `pruned.yaml` and the checksums of the files beside it.
+
+    Raises:
+        CheckpointError: missing, damaged, altered, or of another format.
+    """
+    path = folder / artifacts.PRUNED
+    content = _content(path)
+    try:
+        record, widths = _described(content, path)
+        for name, expected in content["sha256"].items():
+            if name not in (artifacts.WEIGHTS, artifacts.MASKS) or file_sha256(folder / name) != expected:
+                raise CheckpointError(
+                    f"{folder / name} is not the file that {path.name} was written with: its sha256 differs"
+                )
+        if artifacts.WEIGHTS not in content["sha256"]:
+            raise CheckpointError(f"{path}: no sha256 of {artifacts.WEIGHTS}; the file was edited or cut")
+        if content["checksum"] != _checksum(content):
+            raise CheckpointError(f"{path} was edited after it was written: its checksum differs")
+        return Found(record, widths, bool(content["masks"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a {artifacts.PRUNED}: {error!r}") from error
+
+
+def _described(content: Mapping[str, Any], path: Path) -> tuple[Record, dict[str, int]]:
+    """The inverse of `description`: the record, and the widths of the layers.
+
+    Raises:
+        CheckpointError: of another format, or values that are never set.
+        KeyError, TypeError, ValueError, AttributeError: not what `description` makes.
+    """
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {content['format']!r} is not {FORMAT}, which this version reads")
+    kept: dict[str, dict[int, tuple[int, ...]]] = {}
+    for group in content["kept"]:
+        indices = indices_of(group["indices"])
+        for place in group["axes"]:
+            name, axis = str(place).rsplit(" ", 1)
+            kept.setdefault(name, {})[int(axis)] = indices
+    scales = {str(name): tuple(map(float, values)) for name, values in content["scales"].items()}
+    stripes = {str(name): indices_of(numbers) for name, numbers in content.get("stripes", {}).items()}
+    shape = content["in_shape"]
+    record = Record(
+        node={"_target_": content["model"]["builder"], **content["model"]["arguments"]},
+        lineage=Lineage(kept, _attributes(content["attributes"], path), scales, stripes),
+        num_classes=content["num_classes"],
+        in_shape=None if shape is None else tuple(int(size) for size in shape),
+        dense_sha256=content["dense_sha256"],
+        cfg={key: content[key] for key in ("cfg", "projection") if key in content},
+    )
+    return record, {str(name): int(width) for name, width in content["widths"].items()}
+
+
+def _content(path: Path) -> dict[str, Any]:
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        content = yaml.load(path.read_text(), Loader=loader)  # a safe loader: plain values only
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a {artifacts.PRUNED}: it holds no mapping")
+    return content
+
+
+def _attributes(given: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Attribute edits, if all values are numbers or lists of numbers."""
+    for module, values in given.items():
+        for key, value in values.items():
+            items = value if isinstance(value, list) else [value]
+            if not all(isinstance(item, PLAIN) for item in items):
+                raise CheckpointError(
+                    f"{path}: attributes.{module}.{key} is {value!r}; only numbers, true, false and lists of them are set"
+                )
+    return {str(module): dict(values) for module, values in given.items()}
+
+
+def load(folder: Path, model: nn.Module | None = None) -> nn.Module:
+    """Builds the network of a folder that `write` filled, on the CPU, in evaluation mode.
+
+    Args:
+        model: the dense network, for builders that are not this package's; its weights do not matter.
+
+    Raises:
+        CheckpointError: files that are damaged or altered or do not fit, or a builder that is not this package's.
+    """
+    found = read(folder)
+    small = _rebuilt(found.record, found.widths, folder / artifacts.PRUNED, model)
+    load_weights(small, folder / artifacts.WEIGHTS)
+    if found.has_masks:
+        masking.apply(small, _fitting(read_masks(folder), small, folder))
+    return small.eval()
+
+
+def _rebuilt(record: Record, expected: Mapping[str, int], path: Path, model: nn.Module | None) -> nn.Module:
+    """The small network of a record, with weights that do not matter yet."""
+    dense = model if model is not None else build(record.node, record.num_classes, record.in_shape, str(path))
+    _settable(dense, record.lineage, path)
+    try:
+        small = rebuild.rebuild(dense, record.lineage)
+    except (SurgeryError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"{path} does not fit {type(dense).__name__}: {' '.join(str(error).split())}") from error
+    widths = recorded_widths(small)
+    for name, width in expected.items():
+        if widths.get(name) != width:
+            raise CheckpointError(
+                f"{path}: layer {name!r} should have {width} outputs, the network has {widths.get(name)}"
+            )
+    return small
+
+
+def load_compressed(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, Record]:
+    """Builds the network of a compressed file, on the CPU, in evaluation mode; see `load`.
+
+    Raises:
+        CheckpointError: a file that is damaged, altered or of another kind, that does not say which network it is of,
+            or does not fit, or a builder that is not this package's.
+    """
+    content = container.open_compressed(path)
+    record, widths = _network(content.network, path)
+    small = _rebuilt(record, widths, path, model)
+    fit_weights(small, content.state, str(path))
+    return small.eval(), record
+
+
+def read_compressed(path: Path) -> Record:
+    """What a compressed file says of its network; raises as `load_compressed` does."""
+    return _network(container.open_compressed(path).network, path)[0]
+
+
+def _network(network: Any, path: Path) -> tuple[Record, dict[str, int]]:
+    if network is None:
+        raise CheckpointError(f"{path} holds tensors but does not say of which network; load it as weights")
+    try:
+        return _described(network, path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: what it says of the network is damaged: {error!r}") from error
+
+
+def read_masks(folder: Path) -> dict[str, Tensor]:
+    """The masks of a folder by parameter name, True = keep; empty where nothing is masked."""
+    path = folder / artifacts.MASKS
+    return {name: mask.bool() for name, mask in read_state_dict(path).items()} if path.is_file() else {}
+
+
+def _fitting(masks: dict[str, Tensor], model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        try:
+            mask.expand(parameters[name].shape)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder / artifacts.MASKS}: the mask of {name!r} {list(mask.shape)} does not fit the network"
+            ) from error
+    return masks
+
+
+def _settable(model: nn.Module, lineage: Lineage, path: Path) -> None:
+    """Refuses edits of anything but public numbers that the network's modules have already."""
+    modules = dict(model.named_modules())
+    for name, values in lineage.attributes.items():
+        for key in values:
+            old = getattr(modules.get(name), key, ())
+            if key.startswith("_") or not (old is None or isinstance(old, (*PLAIN, list, tuple))):
+                raise CheckpointError(f"{path}: attributes.{name}.{key} is no number of this network; it is not set")
+
+
+def read_cfg(path: Path) -> dict[str, Any]:
+    """`cfg`, and `projection` where it is given, of a `pruned.yaml` or of any YAML file with a key `cfg`.
+
+    Raises:
+        ConfigError: no such file, or no cfg in it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the cfg {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("cfg"), list):
+        raise ConfigError(
+            f"{path} has no `cfg:` list; a {artifacts.PRUNED} has one where its model is built from widths (vgg, resnet)"
+        )
+    return {key: content[key] for key in ("cfg", "projection") if content.get(key) is not None}

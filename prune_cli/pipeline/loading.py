@@ -1,0 +1,158 @@
+"""From stage folders and model nodes back to networks: the way in for everything that a run, or a user, left on disk."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prune_cli.config.nodes import TRUSTED, locate, resolve
+from prune_cli.data.dataset import Dataset
+from prune_cli.errors import ConfigError, PruneError
+from prune_cli.files import artifacts, builders, pruned
+from prune_cli.files.weights import load_weights
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.pipeline.state import Architecture, State, derive_seed
+from prune_cli.pipeline.store import read_checkpoint
+from prune_cli.structure.lineage import Lineage
+from prune_cli.structure.rebuild import rebuild
+
+
+def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: int) -> Architecture:
+    """How to build the network of a `model` node for a dataset's classes and image shape.
+
+    A builder is given `num_classes` and `in_shape` where it has such parameters. Fresh weights are drawn from the
+    run's seed.
+
+    Raises:
+        ConfigError: unknown or ill-typed keys.
+    """
+    facts = {"num_classes": data.num_classes, "in_shape": tuple(data.shape)}
+    content = {key: value for key, value in node.items() if key != "weights"}
+    parameters = inspect.signature(locate(str(node.get("_target_")), "model")).parameters
+    content |= {key: value for key, value in facts.items() if key in parameters and key not in content}
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "model"))
+            try:
+                model = resolve(content, "model")
+            except PruneError:
+                raise
+            except Exception as error:  # a builder of the user's own can raise anything
+                if str(node["_target_"]).startswith(TRUSTED):
+                    raise
+                reason = (str(error).splitlines() or [""])[0]
+                raise ConfigError(f"model: {node['_target_']} raised {type(error).__name__}: {reason}") from error
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model._target_: {node['_target_']} made a {type(model).__name__}, not a torch module")
+        return model
+
+    return Architecture(make, json.loads(json.dumps(content)), name)
+
+
+def restore(folder: Path, state: State) -> State:
+    """The state after a stage that was finished earlier, from its folder; rank 0 reads it for all."""
+    world, node, lineage, model, forms = state.world, None, None, None, {}
+    masks: Mapping[str, Tensor] = {}
+    if world.main:
+        node = _node(folder)
+        model, masks = load_model(folder, _architecture(node, state).build), pruned.read_masks(folder)
+        lineage, forms = _lineage(folder), _forms(folder)
+    architecture, lineage = _architecture(world.broadcast(node), state), world.broadcast(lineage)
+    model = _shared(state, model, architecture, lineage)
+    masks = {name: mask.to(state.device) for name, mask in world.broadcast_tensors(masks).items()}
+    forms = {name: MaskFormat(**form) for name, form in world.broadcast(forms).items()}
+    tags = world.broadcast(_tags(folder) if world.main else None)
+    remembered = {**state.remembered, **{tag: folder / artifacts.remembered(tag) for tag in tags}}
+    return state.evolve(
+        model=model, architecture=architecture, masks=masks, forms=forms, lineage=lineage, remembered=remembered
+    )
+
+
+def _shared(
+    state: State, model: nn.Module | None, architecture: Architecture, lineage: Mapping[str, Any] | None
+) -> nn.Module:
+    """Rank 0's network on every rank, on the run's device; the others pass None and build it themselves."""
+    if state.world.size > 1:
+        weights = state.world.broadcast_tensors(model.state_dict() if model is not None else None)
+        if model is None:
+            model = architecture.build()
+            model = rebuild(model, Lineage.from_dict(lineage)) if lineage else model
+            model.load_state_dict(weights)
+    assert model is not None
+    return model.to(state.device).eval()
+
+
+def _node(folder: Path) -> dict[str, Any]:
+    """Builder and arguments of the dense network that a stage folder started from."""
+    node: dict[str, Any] = json.loads((folder / artifacts.CHECKPOINT).read_text())["model"]
+    return node
+
+
+def _tags(folder: Path) -> list[str]:
+    """Of the snapshots that a stage left in its folder."""
+    before, after = artifacts.remembered("*").split("*")
+    names = sorted(path.name for path in folder.glob(artifacts.remembered("*")))
+    return [name.removeprefix(before).removesuffix(after) for name in names]
+
+
+def _forms(folder: Path) -> dict[str, Any]:
+    """How the masks of a stage folder are stored."""
+    forms: dict[str, Any] = json.loads((folder / artifacts.CHECKPOINT).read_text()).get("forms", {})
+    return forms
+
+
+def _architecture(node: Mapping[str, Any], state: State) -> Architecture:
+    """The run's own architecture where the node is its, else the one that a cfg or a teacher has.
+
+    Raises:
+        CheckpointError: the node names code outside this package.
+    """
+    if node == state.architecture.node:
+        return state.architecture
+    builders.require_ours(node, "the stage folder")
+    return build_architecture(node, state.data, state.architecture.name, state.seed)
+
+
+def _lineage(folder: Path) -> dict[str, Any] | None:
+    """What surgery did to the network of a stage folder, if anything."""
+    if not (folder / artifacts.PRUNED).is_file():
+        return None
+    lineage = pruned.read(folder).record.lineage.to_dict()
+    return lineage if any(lineage.values()) else None
+
+
+def load_model(folder: Path, build: Callable[[], nn.Module]) -> nn.Module:
+    """The network of a stage folder: the dense architecture, made smaller as recorded, with the stored weights."""
+    if (folder / artifacts.PRUNED).is_file():
+        return pruned.load(folder, build())
+    model = build()
+    load_weights(model, folder / artifacts.WEIGHTS)
+    return model.eval()
+
+
+def load_teacher(state: State, teacher: Literal["dense"] | Path) -> nn.Module:
+    """A frozen teacher in eval mode.
+
+    Raises:
+        CheckpointError: the path is no stage folder, and does not hold weights of this run's dense architecture.
+    """
+    folder = state.dense if teacher == "dense" else teacher
+    assert folder is not None, "checked by the stage before anything was trained"
+    world, node, lineage, model = state.world, None, None, None
+    if world.main and folder.is_dir():
+        if teacher != "dense":
+            read_checkpoint(folder)
+        node, lineage = _node(folder), _lineage(folder)
+        model = load_model(folder, _architecture(node, state).build)
+    elif world.main:
+        node, model = dict(state.architecture.node), state.architecture.build()
+        load_weights(model, folder)
+    architecture, lineage = _architecture(world.broadcast(node), state), world.broadcast(lineage)
+    return _shared(state, model, architecture, lineage).requires_grad_(False)

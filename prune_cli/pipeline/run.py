@@ -1,0 +1,132 @@
+"""The only loop over stages: takes from the store what is there, adds what is not, and writes the tables."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_cli.errors import Interrupted
+from prune_cli.files import artifacts, pruned
+from prune_cli.files.artifacts import Row
+from prune_cli.files.weights import write_weights
+from prune_cli.pipeline import results, shrinking
+from prune_cli.pipeline.loading import restore
+from prune_cli.pipeline.state import Outcome, State, derive_seed
+from prune_cli.pipeline.step import CHOICES, INITIAL, Pipeline, Step, prunes, reads_weights
+from prune_cli.pipeline.store import Store, key_of
+from prune_cli.structure.lineage import Lineage
+from prune_cli.tensors import state_sha256
+
+log = logging.getLogger(__name__)
+
+
+def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> list[Row]:
+    """Runs the stages in order, leaving checkpoints and tables in `folder`, and returns the rows of results.csv.
+
+    Raises:
+        Interrupted: the user asked to stop; what is finished is kept, the running stage is resumable.
+        TrainingError, StorageError: see there.
+    """
+    state, key = pipeline.state, pipeline.root_key
+    table: list[Row] = []
+    layers: list[dict[str, Any]] = []
+    history: list[dict[str, Any]] = []
+    steps = list(pipeline.steps)
+    if pipeline.measured:
+        steps.insert(0, Step(INITIAL, lambda state: state.evolve(outcome=Outcome()), "", dict.fromkeys(CHOICES)))
+    dense: Mapping[str, Any] | None = None
+    for step in steps:
+        if state.world.any(state.interrupted()):
+            raise Interrupted(f"stopped before {step.name}; the same command goes on there")
+        if prunes(step) and state.dense is None:
+            state = state.evolve(dense=store.root / key)
+        key = key_of(key, step.name, step.content)
+        saved, state = _reuse_or_compute(step, state, key, store, latency)
+        if not state.world.main:
+            continue
+        if state.dense is not None and dense is None:
+            dense = _measured(state.dense)
+            if not pipeline.trained and len(table) == 1 and table[0].stage == INITIAL:
+                dense = {**dense, "acc1": None}
+        facts = _measured(saved)
+        if latency and facts["latency_ms_b1"] is None:  # stored by a run that did not measure it
+            facts |= results.latencies(state)
+        table.append(results.row(step.name, step.choices, facts, pipeline.labels, dense, key))
+        layers += [{"stage": step.name, **layer} for layer in facts["layers"]]
+        history += [{"stage": step.name, **epoch} for epoch in facts["history"]]
+        state.console.history(step.name, facts["history"])
+        artifacts.link_folder(saved, folder / step.name)
+        _tables(folder, table, layers, history)
+    return table
+
+
+def _tables(folder: Path, table: list[Row], layers: list[dict[str, Any]], history: list[dict[str, Any]]) -> None:
+    artifacts.write_results(folder / artifacts.RESULTS, table)
+    artifacts.write_table(
+        folder / artifacts.LAYERS,
+        layers,
+        list(dict.fromkeys(["stage", "layer", "kind", *(k for r in layers for k in r)])),
+    )
+    columns = dict.fromkeys(["stage", "epoch", "loss", "lr", "acc1", *(key for row in history for key in row)])
+    artifacts.write_table(folder / artifacts.HISTORY, history, list(columns))
+
+
+def _reuse_or_compute(step: Step, state: State, key: str, store: Store, latency: bool) -> tuple[Path, State]:
+    """The folder of the step's result and the state after it. Of several processes rank 0 alone touches the store."""
+    world, folder = state.world, store.root / key
+    if world.broadcast(store.find(key) is not None if world.main else None):
+        log.info("%s: taken from the store (%s)", step.name, key)
+        return folder, restore(folder, state)
+    with store.lock(key, step.name) if world.main else nullcontext():
+        if world.broadcast(store.find(key) is not None if world.main else None):
+            log.info("%s: another process has finished it (%s)", step.name, key)
+            return folder, restore(folder, state)
+        log.info("%s: starting (%s)", step.name, key)
+        began = time.monotonic()
+        torch.manual_seed(derive_seed(state.seed, step.name, *([world.rank] if world.rank else [])))
+        before = shrinking.expanded(state) if reads_weights(step) else state
+        after = step.run(before.evolve(stage=step.name, slot=store.slot(key), outcome=Outcome()))
+        seconds = time.monotonic() - began
+        if world.main:
+            facts = results.measure_stage(after, seconds, latency)
+            store.put(key, functools.partial(_write, after, facts))
+            log.info("%s: done, acc1 %.2f on the test split", step.name, facts["acc1"])
+        # Go on from what was written, as a run that finds it in the store does: both then continue with the same bits.
+        return folder, restore(folder, after)
+
+
+def _write(state: State, facts: Mapping[str, Any], folder: Path) -> None:
+    """Fills the folder of a finished stage: a pruned network says in pruned.yaml how it descends from the dense one."""
+    if state.masks or state.lineage:
+        lineage = shrinking.composed(state.lineage) or Lineage()
+        dense = None if state.dense is None else _measured(state.dense)["weights_sha256"]
+        record = pruned.Record(state.architecture.node, lineage, state.data.num_classes, state.data.shape, dense)
+        pruned.write(folder, state.model, record, state.masks)
+    else:
+        write_weights(state.model.state_dict(), folder / artifacts.WEIGHTS)
+    for name, content in state.outcome.files.items():
+        artifacts.write_file(folder / name, content)
+    checkpoint = {
+        "model": state.architecture.node,
+        "model_name": state.architecture.name,
+        "num_classes": state.data.num_classes,
+        "in_shape": list(state.data.shape),
+        "weights_sha256": state_sha256(state.model.state_dict()),
+        "forms": {name: asdict(form) for name, form in state.forms.items() if name in state.masks},
+        "measured": facts,
+    }
+    artifacts.write_json(folder / artifacts.CHECKPOINT, checkpoint)
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    checkpoint = json.loads((folder / artifacts.CHECKPOINT).read_text())
+    return checkpoint["measured"] | {"weights_sha256": checkpoint["weights_sha256"]}

@@ -1,0 +1,65 @@
+"""A pipeline and its steps, as data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prune_cli.pipeline.state import State
+from prune_cli.training.distributed import World
+
+Stage = Callable[[State], State]
+
+INITIAL = "initial"
+CHOICES = ("criterion", "granularity", "schedule", "distillation")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a pipeline.
+
+    Attributes:
+        name: unique in the pipeline: the stage's name, with its occurrence where it repeats.
+        run: state -> State.
+        content: hash of the stage's parameters, the files they name and the user code in them.
+        choices: names of the options that the stage uses, for the table.
+    """
+
+    name: str
+    run: Stage
+    content: str
+    choices: Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A checked pipeline, ready to run: the first state, the steps and the key of what they start from.
+
+    Attributes:
+        measured: whether the network that the first stage gets has a row of its own.
+        trained: whether it was trained; where it was not, nothing is compared with its accuracy.
+    """
+
+    state: State
+    steps: tuple[Step, ...]
+    root_key: str
+    labels: Mapping[str, Any]
+    measured: bool
+    trained: bool
+
+
+def prunes(step: Step) -> bool:
+    """Whether a stage removes something: the network that enters the first such stage is the dense one."""
+    return isinstance(step.run, functools.partial) and {"granularity", "distillation"} <= step.run.keywords.keys()
+
+
+def reads_weights(step: Step) -> bool:
+    """Whether a stage chooses among the weights or channels of layers, which must be plain ones then."""
+    return isinstance(step.run, functools.partial) and bool({"granularity", "regulariser"} & step.run.keywords.keys())
+
+
+def within(pipeline: Pipeline, interrupted: Callable[[], bool], world: World) -> Pipeline:
+    """The pipeline among its processes, with a function that tells its stages when the user asked to stop."""
+    return replace(pipeline, state=pipeline.state.evolve(interrupted=interrupted, world=world))

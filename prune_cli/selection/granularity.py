@@ -1,0 +1,185 @@
+"""The typed keys that all granularities share, and the groups of units they choose from.
+
+A granularity option names its `units`: an object with `groups(context)` that says which weights live or die together.
+How many go is decided here, from ratios, scope and floors; which go, by the scores.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.scoring import try_out
+from prune_cli.errors import ConfigError, nearest
+from prune_cli.granularities.units import (
+    Constraint,
+    Context,
+    Coupled,
+    Dependency,
+    FindPlan,
+    Formed,
+    Intersection,
+    Ratio,
+    Silences,
+    Units,
+)
+from prune_cli.masks import Masks
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.selection import budget as budgets
+from prune_cli.selection import targets
+from prune_cli.selection.budget import Budget
+from prune_cli.selection.ranking import Limits, Normalize, Scope
+from prune_cli.selection.targets import Rule
+from prune_cli.structure.prunable import layers, weight_of
+from prune_cli.structure.verified import Shrinks
+
+log = logging.getLogger(__name__)
+
+Part = Annotated[float, Field(gt=0, le=1)]
+"""Fraction in (0, 1]."""
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """A granularity option: the units and how many of them go.
+
+    Attributes:
+        units: which weights live or die together.
+        ratio: fraction of the units to remove, in [0, 1).
+        rules: layers and their ratios; see `targets.Rule`. Empty: `ratio` for every layer.
+        ratio_file: YAML of ratios by parameter name, instead of rules.
+        scope: rank units inside each layer, or over the whole network.
+        normalize: what scores are divided by before ranking over the whole network.
+        min_keep: fraction of a layer's units that always stays, rounded down; at least one unit does.
+        max_ratio: largest fraction that may be removed from one layer, or a mapping from layer name to it.
+        round_to: the units kept are rounded up to a multiple of this, at most to all that there are.
+        budget: what may remain, instead of `ratio`.
+        dependency: how coupled layers decide together, where units are coupled: group = they share one score;
+            union_keep = a unit goes only when every layer votes so; inner_only = coupled layers stay whole,
+            and with scope=global a ratio removes no more once a layer would be emptied (a budget goes on elsewhere).
+        shrink: take masked units out of the network when the schedule is done, where the units can be taken out.
+    """
+
+    units: Units
+    ratio: Ratio = 0.5
+    rules: tuple[Rule, ...] = ()
+    ratio_file: Path | None = None
+    scope: Scope = "layer"
+    normalize: Normalize = "none"
+    min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    max_ratio: Part | dict[str, Part] = 1.0
+    round_to: Annotated[int, Field(ge=1)] = 1
+    budget: Budget | None = None
+    dependency: Dependency = "group"
+    shrink: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        """What bounds the number of units that go from one layer."""
+        return Limits(self.min_keep, self.max_ratio, self.round_to)
+
+    def ratios(self, model: nn.Module) -> dict[str, float | str]:
+        """The ratio asked of each weight, by parameter name."""
+        return targets.ratios(model, self.ratio, self.rules, self.ratio_file)
+
+    def forms(
+        self, model: nn.Module, masks: Masks, asked: Mapping[str, float | str] | None = None
+    ) -> dict[str, MaskFormat]:
+        """How each of the masks that these units made is stored; `asked`: the ratios where they are known already."""
+        asked = self.ratios(model) if asked is None else asked
+        known = self.units.forms(model, asked) if isinstance(self.units, Formed) else {}
+        return {name: known.get(name, MaskFormat()) for name in masks}
+
+    def named(self, model: nn.Module) -> frozenset[str]:
+        """The weights that rules or a file ask for by name, not only by type."""
+        rules = [rule for rule in self.rules if rule.exclude or rule.names is not None or rule.names_re is not None]
+        if not self.ratio_file and not any(not rule.exclude for rule in rules):
+            return frozenset()
+        return frozenset(targets.ratios(model, self.ratio, rules, self.ratio_file)) & frozenset(self.ratios(model))
+
+    def split(
+        self, model: nn.Module, asked: Mapping[str, float | str] | None = None
+    ) -> tuple[Granularity, tuple[Constraint, ...]]:
+        """For ADMM: the granularity whose masks lie in all constraint sets, and the sets; most have just themselves.
+
+        What a set takes from weights (the patterns of a library) is taken from the network as it is, once and for all.
+        """
+        if not isinstance(self.units, Intersection):
+            return self, (Constraint("units", self.units),)
+        units, sets = self.units.constraints(model, self.ratios(model) if asked is None else asked)
+        return replace(self, units=units), sets
+
+    def complete(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> dict[str, Tensor]:
+        """The masks with those of the parameters that only serve what is masked, where these units leave any."""
+        if not isinstance(self.units, Silences):
+            return dict(masks)
+        return self.units.complete(model, example_inputs, masks, plan)
+
+    def check(self, model: nn.Module, criterion: Criterion, example_inputs: Tensor | None = None) -> None:
+        """Refuses what makes no sense for this network and criterion.
+
+        Args:
+            example_inputs: one image; with it the network's structure is looked at too: what it changes about the
+                request is logged, and a budget that no selection can meet is refused.
+
+        Raises:
+            ConfigError: says why and what would be legal.
+        """
+        asked = self.ratios(model)
+        if not asked and (self.rules or self.ratio_file):
+            raise ConfigError(
+                "granularity: no layer is left to prune; layers that no rule or line of the file asks for stay whole, so "
+                "begin with a rule for all: rules=[{types: [default]}, {names: [...], exclude: true}]"
+            )
+        if self.scope == "global" and len(set(asked.values())) > 1:
+            raise ConfigError(
+                "granularity.scope=global ranks all layers together: rules may exclude, but not set ratios"
+            )
+        if self.scope == "layer" and self.normalize != "none":
+            raise ConfigError(f"granularity.normalize={self.normalize} compares layers; it needs scope=global")
+        if isinstance(self.max_ratio, dict):
+            found = layers(model)
+            for name in self.max_ratio:
+                if name not in found:
+                    raise ConfigError(f"granularity.max_ratio: no layer {name!r}{nearest(name, found)}")
+        if self.dependency != "group" and not isinstance(self.units, Coupled):
+            raise ConfigError(
+                f"granularity.dependency={self.dependency} is about channels that shrink together; "
+                "it needs granularity=filter"
+            )
+        if self.budget:
+            budgets.check_legal(self.budget, self.units, self.ratio_file is not None or any(
+                rule.ratio is not None for rule in self.rules))  # fmt: skip
+        if self.shrink and not isinstance(self.units, Shrinks):
+            raise ConfigError(
+                "granularity.shrink=true, but units of this granularity can only be masked; choose granularity=filter, "
+                "stripe or shrink=false"
+            )
+        computed = [name for name in asked if not isinstance(weight_of(model, name), nn.Parameter)]
+        if computed and not isinstance(self.units, Coupled):
+            raise ConfigError(
+                f"{computed[0]} is computed from other parameters (weight_norm, a parametrization), so single weights of it "
+                "cannot be masked; choose granularity=filter, or exclude the layer by a rule"
+            )
+        self.units.check(model, asked, criterion)
+        if asked:
+            try_out(criterion, model, next(iter(asked)))
+        if example_inputs is None or not (self.budget or isinstance(self.units, Coupled)):
+            return
+        blank = {name: torch.zeros(()).expand(weight_of(model, name).shape) for name in asked}
+        context = Context(model, example_inputs, blank, asked, {}, self.dependency)
+        if isinstance(self.units, Coupled):
+            for line in self.units.explain(context, self.named(model)):
+                log.warning("%s", line)
+        if self.budget:
+            budgets.check_reachable(self.budget, self.units.groups(context), self.limits, model, example_inputs)

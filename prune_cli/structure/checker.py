@@ -1,0 +1,177 @@
+"""Executes the small network beside the trace of the dense one and refuses the first operator that did not follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prune_cli.structure import interpreter
+from prune_cli.structure.attention import scales_queries
+from prune_cli.structure.interpreter import FREE, LOCAL, Modules, Refused, Step, Trace, Tracer, scalar_of
+from prune_cli.structure.labels import NOTHING, Kind, Marks, beside_labels, varied
+from prune_cli.structure.modules import walk
+from prune_cli.structure.operators.movement import padded
+from prune_cli.structure.plan import Plan
+
+RESHAPES = {"view", "_unsafe_view"}
+
+
+class Checker(Tracer):
+    """Executes the small network and compares every step with the dense one."""
+
+    def __init__(self, modules: Modules, trace: Trace, keep: Tensor):
+        super().__init__(modules)
+        self.trace, self.keep = trace, keep  # keep[variable + 1], ANY first
+        self.sizes: dict[int, tuple[int, ...] | None] = {}  # by identity of a label, which the trace keeps alive
+        self.scales: dict[str, float] = {}  # layer -> change of the numbers that it multiplies by
+
+    def failed(self, why: str) -> Exception:
+        """An error between two operators: the next one is where the width is spelt out."""
+        ordinal = min(self.ordinal + (not self.running), len(self.trace.steps) - 1)
+        return Refused(ordinal, self.layer, self.current, why)
+
+    def visit(self, name: str, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        step = self._step(name)
+        if step is None:  # a copy for a reshape that the dense network does without
+            self.ordinal -= 1
+            return
+        if step.name != name and {step.name, name} != RESHAPES:
+            raise Refused(self.ordinal, self.layer, name, f"the dense network runs {step.name} here")
+        if step.scalar is not None and (now := scalar_of(name, args)) and now != step.scalar:
+            if name not in ("mul", "div") or not scales_queries(self.stack[-1][1]):
+                raise Refused(self.ordinal, self.layer, name, f"its number was {step.scalar:.6g} and became {now:.6g}")
+            self.scales[self.layer] = self.scales.get(self.layer, 1.0) * now / step.scalar
+        outs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
+        for tensor, (shape, marks) in zip(outs, step.outs, strict=True):
+            if marks.kind is Kind.UNIFORM and not marks.fields:
+                continue
+            expected = self.shape(shape, marks)
+            if expected is None or not _fits(tensor.shape, expected):
+                raise Refused(self.ordinal, self.layer, name, f"shape {tuple(tensor.shape)}, expected {expected}")
+        if step.source is not None and name in LOCAL:
+            self._positions(step, args, kwargs, outs)
+
+    def _step(self, name: str) -> Step | None:
+        """The dense network's step for an operator; None for a copy that only the small network needs.
+
+        Whether a reshape copies depends on strides, so on sizes: with one head left it does not.
+        """
+        if self.ordinal >= len(self.trace.steps):
+            raise Refused(len(self.trace.steps) - 1, self.layer, name, "it runs more operators than the dense network")
+        step = self.trace.steps[self.ordinal]
+        if name == step.name or "clone" not in (name, step.name):
+            return step
+        if name == "clone":
+            return None
+        self.ordinal += 1
+        return self.trace.steps[min(self.ordinal, len(self.trace.steps) - 1)]
+
+    def shape(self, shape: tuple[int, ...], marks: Marks) -> tuple[int, ...] | None:
+        """The shape of a tensor after removal, None where what is kept is not a product."""
+        size = list(shape)
+        for label in marks.fields:
+            axes = varied(label)
+            if axes:
+                kept = self._kept(label, axes)
+                if kept is None:
+                    return None
+                for axis, n in zip(axes, kept, strict=True):
+                    size[axis] = min(size[axis], n) if size[axis] != shape[axis] else n
+        return tuple(size)
+
+    def _kept(self, label: Tensor, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+        if id(label) not in self.sizes:
+            self.sizes[id(label)] = self._count(label, axes)
+        return self.sizes[id(label)]
+
+    def _count(self, label: Tensor, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+        mask = self.keep[_dense(label, axes) + 1]
+        if len(axes) == 1:
+            return (int(np.count_nonzero(mask.numpy())),)
+        sizes = []
+        for axis in range(len(axes)):
+            others = [a for a in range(len(axes)) if a != axis]
+            sizes.append(int(mask.amax(others).sum()))
+        total = 1
+        for n in sizes:
+            total *= n
+        return tuple(sizes) if int(mask.sum()) == total else None
+
+    def _positions(self, step: Step, args: tuple, kwargs: dict, outs: list[Tensor]) -> None:
+        """Slices and the like: the same operator picks the same positions of the kept labels."""
+        _, marks = step.source or ((), NOTHING)
+        for number, label in enumerate(marks.fields):
+            small = self._small(label, args[0].shape)
+            if small is None:
+                raise Refused(self.ordinal, self.layer, step.name, "what is kept is not a product")
+            if any(len(m.fields) != len(marks.fields) for _, m in step.outs):
+                continue
+            if step.name == "constant_pad_nd":
+                got = _padded(small, label, args[1]).expand(outs[0].shape)
+            else:
+                got = step.func(small.contiguous(), *beside_labels(args[1:]), **kwargs)
+            for have, tensor, (_, out) in zip(
+                got if isinstance(got, (tuple, list)) else (got,), outs, step.outs, strict=True
+            ):
+                want = self._small(out.fields[number], tensor.shape)
+                if want is not None and step.name == "constant_pad_nd":  # new positions have variables of their own
+                    want = torch.where(torch.isin(want.contiguous(), small.contiguous()), want, -1)
+                if want is None or not torch.equal(
+                    torch.where(want <= 0, want.new_tensor(-1), want),
+                    torch.where(have <= 0, have.new_tensor(-1), have),
+                ):
+                    raise Refused(self.ordinal, self.layer, step.name, "it takes other positions")
+
+    def _small(self, label: Tensor, shape: torch.Size) -> Tensor | None:
+        axes = varied(label)
+        dense = _dense(label, axes)
+        kept = dense[self.keep[dense + 1]]
+        target = [shape[axis] if axis in axes else 1 for axis in range(len(shape))]
+        if kept.numel() != torch.Size(target).numel():
+            return None
+        return kept.reshape(target).expand(shape)
+
+
+def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    return len(shape) == len(expected) and all(b in (a, FREE) for a, b in zip(shape, expected, strict=True))
+
+
+def _padded(small: Tensor, label: Tensor, pads: Sequence[int]) -> Tensor:
+    """Pads the axes that carry labels; along the others a channel stays itself."""
+    axes, rank = varied(label), label.dim()
+    cut = [n if rank - 1 - i // 2 in axes else 0 for i, n in enumerate(pads)]
+    narrow = small[tuple(slice(None) if axis in axes else slice(0, 1) for axis in range(rank))]
+    return padded(narrow, cut, -1)
+
+
+def _dense(label: Tensor, axes: Sequence[int]) -> Tensor:
+    return label.as_strided([label.shape[a] for a in axes], [label.stride(a) for a in axes], label.storage_offset())
+
+
+def check(small: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str, float]:
+    """Executes the small network beside the traces of the dense one.
+
+    Returns:
+        Per attention layer, the change of the numbers that it multiplies by (a scale derived from its width).
+
+    Raises:
+        Refused: an operator did not follow the new widths.
+    """
+    present = keep.copy()
+    present[0] = True
+    of_variable = torch.from_numpy(np.concatenate([[True], present[plan.variables]]))
+    modules = walk(small)
+    scales: dict[str, float] = {}
+    for number, dense in enumerate(plan.traces):
+        checker = Checker(modules, dense, of_variable)
+        try:
+            interpreter.execute(small, plan.example, checker, dense.training)
+        except interpreter.Refused as error:
+            error.trace = number
+            raise
+        scales = checker.scales | scales
+    return scales

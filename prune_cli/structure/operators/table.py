@@ -1,0 +1,299 @@
+"""LayerSelector rule belongs to which ATen operator; factories and writes into memory.
+
+An operator without a rule freezes every label that touches it: the fallback is less pruning, never a wrong network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_cli.structure.labels import ANY, FIXED, NOTHING, Kind, Marks, Work, compact, marks_of, varied, without_fields
+from prune_cli.structure.operators.call import Call, Result, Unsupported, extent, freeze, merge
+from prune_cli.structure.operators.contractions import convolution, distances, embedding, matmul, vector_product
+from prune_cli.structure.operators.mixing import (
+    batch_norm,
+    fourier,
+    glu,
+    grid_sample,
+    group_norm,
+    layer_norm,
+    mixing,
+    per_channel,
+    pointwise,
+    prelu,
+    reduction,
+    same,
+    weight_norm,
+)
+from prune_cli.structure.operators.movement import (
+    cat,
+    channel_shuffle,
+    flip,
+    fold,
+    index,
+    moved,
+    pad,
+    pixel_shuffle,
+    pixel_unshuffle,
+    repeat,
+    reshape,
+    roll,
+    select_op,
+    slices,
+    split,
+    windows,
+)
+
+
+def factory(call: Call) -> Result:
+    """Constants made from a shape fit any width; sequences of numbers do not."""
+    if call.name in ("arange", "linspace", "eye", "tril_indices", "triu_indices", "scalar_tensor"):
+        return NOTHING
+    return Marks(kind=Kind.UNIFORM, zero=call.name in ("zeros", "zeros_like", "new_zeros"))
+
+
+def write(call: Call) -> Result:
+    """`copy_`, `fill_` and `zero_`, also into a view of a larger tensor."""
+    target = call.args[0]
+    marks = marks_of(target)
+    if call.name == "zero" or (call.name == "fill" and marks.fields):
+        return marks if call.name == "zero" else replace(marks, zero=False)
+    base = target._base
+    if call.name != "copy":
+        if marks.kind is Kind.UNIFORM and base is not None:
+            freeze(call, base)
+            base._prune_marks = NOTHING  # type: ignore[attr-defined]
+            return NOTHING
+        return marks
+    source = call.args[1]
+    origin = marks_of(source)
+    fields = merge(call, target.shape, [(marks, target.shape), (origin, extent(source))])
+    if base is not None and fields and not marks.fields:
+        _write_base(call, base, target, fields)
+    return Marks(fields, Kind.DATA if fields else origin.kind, origin.zero and (marks.zero or not marks.fields))
+
+
+def index_put(call: Call) -> Result:
+    """`x[rows] = values`: what the rows and the values are along the axes that are not indexed must be the same."""
+    target, indices, values = call.args[:3]
+    if target._base is not None or any(index is None for index in indices):
+        freeze(call, target._base)
+        raise Unsupported
+    first = sum(index.dim() if index.dtype in (torch.bool, torch.uint8) else 1 for index in indices)
+    shape = call.out.shape[first:]
+    operands = []
+    for tensor in (target, values):
+        marks, trailing = marks_of(tensor), min(len(shape), tensor.dim())
+        lead = tensor.dim() - trailing
+        if any(axis < lead for label in marks.fields for axis in varied(label)):
+            raise Unsupported
+        fields = tuple(f.as_strided(f.shape[lead:], f.stride()[lead:], f.storage_offset()) for f in marks.fields)
+        operands.append((replace(marks, fields=fields), tensor.shape[lead:]))
+    fields = tuple(label.expand(call.out.shape) for label in merge(call, shape, operands))
+    freeze(call, list(indices))
+    return Marks(fields, Kind.DATA, all(marks.zero for marks, _ in operands))
+
+
+def _write_base(call: Call, base: Tensor, view: Tensor, fields: tuple[Tensor, ...]) -> None:
+    known = marks_of(base)
+    if len(fields) > 1 or len(known.fields) > 1 or not base.is_contiguous():
+        for label in (*fields, *known.fields):
+            call.constraints.freeze(label)
+        return
+    empty = ANY if known.kind is Kind.UNIFORM else FIXED
+    label = known.fields[0].contiguous() if known.fields else torch.full(base.shape, empty, dtype=torch.int64)
+    place = label.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())
+    place.copy_(fields[0])
+    base._prune_marks = Marks((compact(label),), known.kind, known.zero)  # type: ignore[attr-defined]
+
+
+def constant(call: Call) -> Result:
+    """Queries whose output carries no channels."""
+    return NOTHING
+
+
+def strided(call: Call) -> Result:
+    """`as_strided` that only renames memory: same sizes."""
+    source = call.args[0]
+    if marks_of(source).fields and tuple(call.args[1]) != marks_of(source).fields[0].shape:
+        raise Unsupported
+    return marks_of(source)
+
+
+RULES: dict[str, Callable[[Call], Result]] = {
+    **dict.fromkeys(["permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "movedim"], moved),
+    **dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias"], reshape),
+    **dict.fromkeys(
+        [
+            "clone",
+            "contiguous",
+            "_to_copy",
+            "alias",
+            "detach",
+            "lift_fresh",
+            "_conj",
+            "dropout",
+            "lift_fresh_copy",
+            "native_dropout",
+        ],
+        same,
+    ),
+    "flip": flip,
+    "repeat": repeat,
+    "roll": roll,
+    "slice": slices,
+    "cat": cat,
+    "stack": cat,
+    **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"], split),
+    **dict.fromkeys(["select", "unbind"], select_op),
+    "constant_pad_nd": pad,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
+    "im2col": pixel_unshuffle,
+    "col2im": fold,
+    **dict.fromkeys(["unfold", "view_as_complex", "view_as_real"], windows),
+    "channel_shuffle": channel_shuffle,
+    "native_channel_shuffle": channel_shuffle,
+    **dict.fromkeys(["index", "index_select", "gather"], index),
+    **dict.fromkeys(
+        [
+            "sum",
+            "mean",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "var",
+            "std",
+            "var_mean",
+            "std_mean",
+            "prod",
+            "norm",
+            "linalg_vector_norm",
+            "argmax",
+            "argmin",
+            "logsumexp",
+            "all",
+            "any",
+            "nansum",
+            "median",
+        ],
+        reduction,
+    ),
+    **dict.fromkeys(
+        ["_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort", "topk", "logcumsumexp"],
+        mixing,
+    ),
+    "glu": glu,
+    **dict.fromkeys(["grid_sampler_2d", "grid_sampler_3d", "roi_align", "roi_pool"], grid_sample),
+    **dict.fromkeys(["_fft_r2c", "_fft_c2c", "_fft_c2r"], fourier),
+    "native_batch_norm": batch_norm,
+    "native_layer_norm": layer_norm,
+    "native_group_norm": group_norm,
+    "_fused_rms_norm": layer_norm,
+    "prelu": prelu,
+    "_weight_norm_interface": weight_norm,
+    "convolution": convolution,
+    **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm"], matmul),
+    **dict.fromkeys(["mv", "dot", "vdot"], vector_product),
+    **dict.fromkeys(["_cdist_forward", "_euclidean_dist"], distances),
+    **dict.fromkeys(["embedding", "_embedding_bag", "_embedding_bag_forward_only"], embedding),
+    **dict.fromkeys(["index_put", "_index_put_impl", "_unsafe_index_put"], index_put),
+    "copy": write,
+    "fill": write,
+    "zero": write,
+    "as_strided": strided,
+    **dict.fromkeys(
+        [
+            "empty",
+            "zeros",
+            "ones",
+            "full",
+            "rand",
+            "randn",
+            "empty_like",
+            "zeros_like",
+            "ones_like",
+            "full_like",
+            "rand_like",
+            "randn_like",
+            "new_empty",
+            "new_zeros",
+            "new_ones",
+            "new_full",
+            "empty_strided",
+            "new_empty_strided",
+            "arange",
+            "linspace",
+            "eye",
+            "scalar_tensor",
+            "tril_indices",
+            "triu_indices",
+        ],
+        factory,
+    ),
+    **dict.fromkeys(["_local_scalar_dense", "equal", "is_same_size", "nonzero", "randperm", "unique"], constant),
+    **dict.fromkeys(
+        [
+            "bernoulli",
+            "uniform",
+            "normal",
+            "_prelu_kernel",
+            "hardswish",
+            "hardsigmoid",
+            "hardtanh",
+            "leaky_relu",
+            "elu",
+            "celu",
+            "softplus",
+            "threshold",
+            "log_sigmoid",
+            "mish",
+            "silu",
+            "gelu",
+            "lerp",
+            "addcmul",
+            "addcdiv",
+            "relu6",
+            "selu",
+            "rrelu",
+            "nan_to_num",
+        ],
+        pointwise,
+    ),
+}
+
+PER_CHANNEL = ("pool", "upsample", "reflection_pad", "replication_pad")
+
+
+@lru_cache(maxsize=4096)
+def rule(name: str, func: Any) -> Callable[[Call], Result] | None:
+    """The rule of an operator, or None for one that is unknown."""
+    found = RULES.get(name)
+    if found is None and torch.Tag.pointwise in func.tags:
+        return pointwise
+    if found is None and any(part in name for part in PER_CHANNEL) and "unpool" not in name and "_backward" not in name:
+        return per_channel
+    return found
+
+
+def frozen(call: Call) -> Result:
+    """What an unknown operator does: every label that touches it stays."""
+    freeze(call, *call.inputs)
+    if call.name == "convolution":
+        source, weight = call.args[:2]
+        spatial = source.shape[2:] if call.args[6] else call.out.shape[2:]
+        total = source.shape[0] * math.prod(spatial) * weight.numel()
+        call.constraints.work.append(Work(call.layer, total, ()))
+    elif call.name in ("mm", "addmm", "bmm", "baddbmm"):
+        call.constraints.work.append(Work(call.layer, call.out.numel() * call.args[-1].shape[-2], ()))
+    outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
+    marks = without_fields(NOTHING)
+    return tuple(marks for _ in outs) if isinstance(call.out, (tuple, list)) else marks

@@ -1,0 +1,157 @@
+"""Taking units out of a network: a new, smaller module that computes what the masked one does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prune_cli.errors import SurgeryError
+from prune_cli.structure import attention, follow, interpreter
+from prune_cli.structure.checker import check
+from prune_cli.structure.lineage import Lineage
+from prune_cli.structure.modules import named_tensors, walk
+from prune_cli.structure.plan import Plan
+from prune_cli.structure.rebuild import rescale
+from prune_cli.structure.slicing import as_tuples, cut, kept_indices, sliced
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A small network and where it comes from.
+
+    Attributes:
+        model: the new module.
+        lineage: kept indices and attribute edits, relative to the network that was shrunk.
+        plan: the plan that was followed; it differs from the one asked when an operator could not follow.
+        keep: bool per unit id of that plan.
+    """
+
+    model: nn.Module
+    lineage: Lineage
+    plan: Plan
+    keep: np.ndarray
+
+
+def remove_units(
+    model: nn.Module, plan: Plan, keep: np.ndarray, optimizer: torch.optim.Optimizer | None = None
+) -> Shrunk:
+    """Removes units and returns a new, smaller module.
+
+    Parameter names, ties, hooks, `requires_grad`, gradients and the modes survive. The dense model stays as it was.
+    Where an operator can't follow, the channels that touch it are kept, and `Shrunk.plan` says so in a warning.
+
+    Args:
+        model: the network that the plan was made for.
+        plan: from `channels.analyse`.
+        keep: bool per unit id.
+        optimizer: re-pointed in place to the new parameters; momentum and moments are sliced along.
+
+    Raises:
+        SurgeryError: `keep` would empty an axis, or the model can't be copied.
+    """
+    if keep.shape != (plan.size,) or keep.dtype != np.bool_:
+        raise SurgeryError(f"keep has shape {keep.shape} and type {keep.dtype}; give {plan.size} bools")
+    kept = kept_indices(plan, keep)
+    for name, axes in kept.items():
+        for axis, indices in axes.items():
+            if not len(indices):
+                raise SurgeryError(f"nothing would be left of axis {axis} of {name!r}; keep at least one unit there")
+    small, found = cut(model, plan, keep, kept)
+    try:
+        changes = check(small, plan, keep)
+    except interpreter.Refused:
+        asked, choice = plan, keep
+        plan, keep, changes = follow.follow(model, plan, lambda p: translate(asked, choice, p))
+        kept = kept_indices(plan, keep)
+        small, found = cut(model, plan, keep, kept)
+        for warning in plan.warnings[len(asked.warnings) :]:
+            log.warning("%s", warning)
+    scales = _scales(model, small, changes)
+    rescale(small, scales)
+    for name, parameter in named_tensors(model, again=False).items():
+        if parameter.is_leaf and parameter.grad is not None and isinstance(parameter, nn.Parameter):
+            small.get_parameter(name).grad = sliced(parameter.grad, kept.get(name, {}))
+    if optimizer is not None:
+        repoint(optimizer, model, small, kept)
+    plain = as_tuples(kept)
+    return Shrunk(small, Lineage(plain, found, scales), plan, keep)
+
+
+def translate(plan: Plan, keep: np.ndarray, other: Plan) -> np.ndarray:
+    """The choice in the units of another plan of the same network: a unit stays if any of its positions stayed."""
+    present = keep.copy()
+    present[0] = True
+    result = np.zeros(other.size, dtype=bool)
+    for name, axes in other.axes.items():
+        for axis, ids in axes.items():
+            old = plan.axes.get(name, {}).get(axis)
+            stays = np.ones(len(ids), dtype=bool) if old is None else present[old]
+            result[ids[stays]] = True
+    result[0] = True
+    return result
+
+
+def _scales(dense: nn.Module, small: nn.Module, changes: Mapping[str, float]) -> dict[str, tuple[float, ...]]:
+    """Factors of the query's rows that undo the change of a scale that attention derives from its width."""
+    found: dict[str, tuple[float, ...]] = {}
+    if not changes:
+        return found
+    named = named_tensors(small)
+    for name, module in walk(dense):
+        projection = attention.query_projection(module) if name in changes else None
+        if projection is None:
+            continue
+        weight = module.get_parameter(projection)
+        joint = weight.shape[0] != weight.shape[1]
+        prefix = f"{name}." if name else ""
+        queries = named[prefix + projection].shape[0] // (3 if joint else 1)
+        for local in (projection, _bias_of(projection)):
+            if prefix + local in named:
+                others = named[prefix + local].shape[0] - queries
+                found[prefix + local] = (1.0 / changes[name],) * queries + (1.0,) * others
+    return found
+
+
+def _bias_of(weight: str) -> str:
+    return "in_proj_bias" if weight == "q_proj_weight" else weight.removesuffix("weight") + "bias"
+
+
+def repoint(
+    optimizer: torch.optim.Optimizer,
+    dense: nn.Module,
+    small: nn.Module,
+    kept: Mapping[str, Mapping[int, Any]],
+) -> None:
+    """Gives an optimizer of a network the parameters of a smaller one, in place; its moments are sliced along.
+
+    Args:
+        optimizer: of the parameters of `dense`.
+        dense: the network before.
+        small: the network after, with the same names.
+        kept: parameter name -> axis -> kept indices, as in a `Lineage`.
+    """
+    twins = {id(p): (name, small.get_parameter(name)) for name, p in dense.named_parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [twins[id(p)][1] if id(p) in twins else p for p in group["params"]]
+    for old in list(optimizer.state):
+        if not isinstance(old, Tensor) or id(old) not in twins:
+            continue
+        name, new = twins[id(old)]
+        state = optimizer.state.pop(old)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == old.shape:
+                state[key] = sliced(value, kept.get(name, {}))
+        optimizer.state[new] = state
+
+
+def relative(shrunk: Shrunk, first: Lineage) -> Shrunk:
+    """The same result with a lineage that starts from the dense network of `first`."""
+    return replace(shrunk, lineage=shrunk.lineage.after(first))

@@ -1,0 +1,42 @@
+"""Statistics of batch norms, measured again after weights have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from prune_cli.errors import DataError
+from prune_cli.structure.modes import evaluating
+
+
+def recalibrate_bn(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+    """Replaces the running statistics of every batch norm by their mean over `batches` of training images.
+
+    Each batch counts the same. Norms run in train mode, everything else (dropout) in eval mode; weights,
+    momentum and modes are what they were afterwards.
+
+    Raises:
+        DataError: if there is no batch; the statistics are unchanged then.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise DataError("no images to recalibrate batch norms on")
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    momenta = [norm.momentum for norm in norms]
+    try:
+        with evaluating(model), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # PyTorch's name for the cumulative average
+                norm.training = True
+            for batch in chain([first], iterator):
+                model((batch if isinstance(batch, Tensor) else batch[0]).to(device, non_blocking=True))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
