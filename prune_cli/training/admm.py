@@ -76,7 +76,8 @@ def step(weights: Weights, before: Projection | None, project: Callable[[Weights
     """
     values = {name: weights[name] + u for name, u in before.u.items()} if before else {}
     masks = project(values)
-    names = list(values) + [name for name, mask in masks.items() if name not in values and not bool(mask.all())]
+    concerned = set(values) | {name for name, mask in masks.items() if not bool(mask.all())}
+    names = [name for name in weights if name in concerned]  # in this order also when going on from a checkpoint
     z, u = {}, {}
     for name in names:
         value = values.get(name, weights[name])
