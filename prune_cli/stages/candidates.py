@@ -53,6 +53,12 @@ def evaluate(
         ScheduleError: a candidate that cannot be, or none to adopt.
     """
     assert session.problem is not None
+    if not session.state.data.has_val and not session.warned:
+        session.warned = True
+        log.warning(
+            "%s: candidates are scored on a part of the training images, as dataset.val=0 leaves no others; set dataset.val "
+            "to a fraction", session.state.stage,
+        )  # fmt: skip
     problem, trial = session.problem, _Trial(session, request, position)
     scores = dict(known)
     for index, kept in enumerate(request.candidates):

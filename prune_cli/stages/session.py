@@ -114,6 +114,7 @@ class Session:
         self.shrunk: Lineage | None = None  # from the network that came to the present one
         self.came = shrinking.composed(state.lineage)  # from the dense network to the one that came
         self.problem: Problem | None = None
+        self.warned = False  # that scores are of training images
         self._loss: loop.Loss | None = None
         self._look_at_network()
 

@@ -13,7 +13,17 @@ from prune_cli.selection.granularity import Granularity
 from prune_cli.stages.course import _decoded
 from prune_cli.stages.prune import check
 from tests.stages.tiny import (
-    ALWAYS, L2, NEVER, Cut, begin, cut_after, cut_at_step, journal, option, result, run,
+    ALWAYS,
+    L2,
+    NEVER,
+    Cut,
+    begin,
+    cut_after,
+    cut_at_step,
+    journal,
+    option,
+    result,
+    run,
 )  # fmt: skip
 
 SCHEDULES = sorted(options("schedule"))
@@ -89,9 +99,7 @@ def test_it_ends_for_every_legal_granularity(name, kind, tmp_path):
     chosen = granularity(kind, **keys)
     state = begin(tmp_path)
     try:
-        check(
-            state, criterion=L2, granularity=chosen, schedule=schedule, distillation=_no_teacher(), fit=option_fit()
-        )
+        check(state, criterion=L2, granularity=chosen, schedule=schedule, distillation=_no_teacher(), fit=option_fit())
     except ConfigError as error:
         assert "choose" in str(error)  # only what is said to be illegal is left out
         return
