@@ -79,7 +79,8 @@ def shrink(
     Raises:
         SurgeryError: the two do not agree, or the network cannot be analysed.
     """
-    shrunk = units.shrink(model, example_inputs, masks, plan)
+    known = () if plan is None else (plan,)
+    shrunk = units.shrink(model, example_inputs, masks, *known)
     return checked(model, shrunk, masks, lineage=lineage, check_on=check_on)
 
 
