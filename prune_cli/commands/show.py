@@ -77,21 +77,22 @@ def _estimate(built: Any) -> None:
     bytes_per_stage = count_cost(built.state.model, built.state.example_inputs(), {}).bytes
     for step in built.steps:
         epochs, steps = stage_length(step, built.state)
+        disk += bytes_per_stage
+        if epochs is None:
+            sys.stdout.write(f"estimate {step.name}: as many epochs of {steps} steps as its schedule finds it needs\n")
+            continue
         seconds = epochs * steps * seconds_per_step(step, built.state) if epochs else 0.0
         total += seconds
-        disk += bytes_per_stage
         sys.stdout.write(f"estimate {step.name}: {epochs} epochs, {epochs * steps} steps, {clock(seconds)}\n")
     sys.stdout.write(f"estimate in all: {clock(total)} of training on {built.state.device}, {disk / 1e6:.1f} MB kept\n")
 
 
-def stage_length(step: Any, state: Any) -> tuple[int, int]:
-    """Epochs and steps per epoch of a stage; a pruning stage trains as long as its schedule may, 0 if it does not say."""
+def stage_length(step: Any, state: Any) -> tuple[int | None, int]:
+    """Epochs and steps per epoch of a stage; a pruning stage trains at most as long as its schedule says, if it does."""
     from prune_cli.schedules.schedule import most_epochs
 
     keywords = step.run.keywords
-    epochs = int(keywords.get("epochs", 0))
-    if "schedule" in keywords:
-        epochs = most_epochs(keywords["schedule"]) or 0
+    epochs = most_epochs(keywords["schedule"]) if "schedule" in keywords else int(keywords.get("epochs", 0))
     return epochs, len(state.data.train(keywords["batch_size"], 0))
 
 

@@ -257,7 +257,7 @@ class Session:
         if candidate:
             alone = state.world.size == 1
             stop = state.interrupted if alone else lambda: False
-            state = state.evolve(world=ALONE, interrupted=stop, stage=f"{state.stage}, candidate")
+            state = replace(state, world=ALONE, interrupted=stop, stage=f"{state.stage}, candidate")
             options = replace(options, eval_every=0, early_stop=None)
         if self._loss is None:
             self._loss = learning.objective(self.state, self.distillation, self.training.label_smoothing)
