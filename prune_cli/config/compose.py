@@ -81,7 +81,7 @@ def plain(config: Any, overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    given = {text.split("=", 1)[0].lstrip("+") for text in overrides}
+    given = {text.split("=", 1)[0].lstrip("+").rpartition("@")[2] for text in overrides}  # of GROUP@PACKAGE the package
     with open_dict(config):
         config.pop("hydra", None)
         for text in overrides:

@@ -167,16 +167,13 @@ class _Trial:
         masking.apply(model, masks)
         if self._request.train:
             torch.manual_seed(derive_seed(self._seed, index))
-            epochs = self._request.train
+            epochs, loss = self._request.train, session.loss()
+            own = _copied(loss) if isinstance(loss, nn.Module) else None
             session.train(
-                Progress(),
-                epochs=epochs,
-                until=epochs,
-                masks=masks,
-                save=lambda *_: None,
-                candidate=True,
-                seed=self._seed,
+                Progress(), epochs=epochs, until=epochs, masks=masks, save=lambda *_: None, candidate=True, seed=self._seed
             )
+            if own is not None and isinstance(loss, nn.Module):
+                loss.load_state_dict(own)
         elif any(isinstance(module, BATCH_NORMS) and module.track_running_stats for module in model.modules()):
             calibration = session.calibration
             recalibrate_bn(model, session.state.data.calibration(calibration.images, calibration.batch_size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.pipeline.state import State
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
 
@@ -28,7 +28,7 @@ def finetune(
     """
     return learning.trained(
         state,
-        learning.objective(state, distillation, label_smoothing),
+        teaching.objective(state, distillation, label_smoothing),
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -40,4 +40,4 @@ def finetune(
 def check(state: State, *, distillation: Distillation, fit: Options) -> None:
     """Refuses options that this dataset cannot serve, and a teacher that will not be there."""
     learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
+    teaching.check(state, distillation)

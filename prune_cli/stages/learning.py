@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli.distillation.distillation import Distillation, Outputs
 from prune_cli.errors import ConfigError, Interrupted
 from prune_cli.masks import Masks
 from prune_cli.measure.accuracy import accuracy
-from prune_cli.pipeline.loading import load_teacher
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.stages import remembering
 from prune_cli.stages.remembering import Recorder
@@ -42,33 +39,6 @@ def check_options(state: State, options: Options) -> None:
         )
     if options.early_stop is not None and not state.data.has_val and options.select_on != "test":
         raise ConfigError(f"{state.stage}.fit.early_stop needs a validation split; set dataset.val to a fraction")
-
-
-def check_teacher(state: State, distillation: Distillation) -> None:
-    """Refuses a teacher that will not be there, cannot be read or has other classes, and a loss that lacks one.
-
-    Raises:
-        ConfigError: says which key to change.
-        CheckpointError: see `load_teacher`.
-    """
-    if distillation.teacher == "dense" and state.dense is None:
-        raise ConfigError(
-            f"{state.stage}: distillation.teacher=dense is the network before the first pruning stage, but none comes "
-            "before; give distillation.teacher=PATH"
-        )
-    if isinstance(distillation.teacher, Path) and not distillation.teacher.exists():
-        raise ConfigError(f"{state.stage}: distillation.teacher={distillation.teacher} does not exist")
-    logits = torch.zeros(1, state.data.num_classes, device=state.device)
-    taught = None if distillation.teacher is None else Outputs(logits)
-    if isinstance(distillation.teacher, Path):
-        with torch.no_grad():
-            found = load_teacher(state, distillation.teacher)(state.example_inputs())
-        if found.shape != logits.shape:
-            raise ConfigError(
-                f"{state.stage}: distillation.teacher={distillation.teacher} tells {found.shape[1]} classes apart, "
-                f"but dataset has {logits.shape[1]}"
-            )
-    distillation.loss(Outputs(logits), taught, torch.zeros(1, dtype=torch.long, device=state.device), 0.0)
 
 
 def learn(
@@ -241,24 +211,3 @@ def cross_entropy(label_smoothing: float) -> loop.Loss:
         return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
 
     return loss
-
-
-def objective(state: State, distillation: Distillation, label_smoothing: float) -> loop.Loss:
-    """The loss of a stage that may have a teacher."""
-    teacher = teacher_of(state, distillation)
-
-    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        taught = None
-        if teacher is not None:
-            with torch.no_grad():
-                taught = Outputs(teacher(images))
-        return distillation.loss(Outputs(model(images)), taught, labels, label_smoothing)
-
-    return loss
-
-
-def teacher_of(state: State, distillation: Distillation) -> nn.Module | None:
-    """The frozen teacher network on the run's device, or None."""
-    if distillation.teacher is None:
-        return None
-    return load_teacher(state, distillation.teacher)

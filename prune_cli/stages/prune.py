@@ -12,7 +12,7 @@ from prune_cli.schedules.requests import Evaluate, Mask, Request, Train
 from prune_cli.schedules.schedule import Schedule, first_request
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.stages.course import Course
 from prune_cli.stages.perform import again, perform
 from prune_cli.stages.posing import pose
@@ -74,7 +74,7 @@ def check(
         ScheduleError: what the schedule finds wrong with the problem.
     """
     learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
+    teaching.check(state, distillation)
     if fit.select_on != "last":
         raise ConfigError(
             f"{state.stage}.fit.select_on={fit.select_on}: masks change during pruning, so only the last epoch has "

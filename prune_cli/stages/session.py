@@ -25,7 +25,7 @@ from prune_cli.schedules.problem import Problem
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import Selection, scored, select
-from prune_cli.stages import learning, remembering
+from prune_cli.stages import learning, remembering, teaching
 from prune_cli.stages.posing import pose
 from prune_cli.stages.remembering import INIT, Snapshot
 from prune_cli.structure import follow, rebuild, surgery
@@ -39,7 +39,7 @@ from prune_cli.training.movement import SUMMED
 
 log = logging.getLogger(__name__)
 
-FIT, MASKS, HELD, ADMM, SNAPSHOT = "fit/", "masks/", "held/", "admm/", "snapshot/"
+FIT, MASKS, HELD, LOSS, ADMM, SNAPSHOT = "fit/", "masks/", "held/", "loss/", "admm/", "snapshot/"
 RESIDUALS = "admm.csv"
 
 
@@ -116,6 +116,7 @@ class Session:
         self.problem: Problem | None = None
         self.warned = False  # that scores are of training images
         self._loss: loop.Loss | None = None
+        self._waiting: dict[str, Tensor] = {}  # parameters of the loss, as a checkpoint has them
         self._look_at_network()
 
     # ------------------------------------------------------------------------------------------------ the network
@@ -259,11 +260,9 @@ class Session:
             stop = state.interrupted if alone else lambda: False
             state = replace(state, world=ALONE, interrupted=stop, stage=f"{state.stage}, candidate")
             options = replace(options, eval_every=0, early_stop=None)
-        if self._loss is None:
-            self._loss = learning.objective(self.state, self.distillation, self.training.label_smoothing)
         return learning.learn(
             state,
-            self._loss,
+            self.loss(),
             epochs=epochs,
             until=until,
             batch_size=self.training.batch_size,
@@ -276,6 +275,14 @@ class Session:
             save=save,
             seed=seed,
         )
+
+    def loss(self) -> loop.Loss:
+        """The loss of the present network; made once, as a term may have parameters that are trained along."""
+        if self._loss is None:
+            self._loss = teaching.objective(self.state, self.distillation, self.training.label_smoothing)
+            if self._waiting and isinstance(self._loss, nn.Module):
+                self._loss.load_state_dict(self._waiting)
+        return self._loss
 
     def _hooks(self, progress: Progress, *, penalty: bool) -> list[loop.Regularise]:
         """What accompanies a training. Sums are of the loss's own gradient, so they come before anything is added."""
@@ -360,6 +367,7 @@ class Session:
         assert self.shrunk is not None
         whole = self.shrunk if self.came is None else self.shrunk.after(self.came)
         self.state = self.state.evolve(model=model, masks=masks, forms=forms, lineage=whole.to_dict())
+        self._loss, self._waiting = None, {}  # its parameters, if any, are those of the larger network's features
         self._look_at_network()
 
     # ------------------------------------------------------------------------------------------------ checkpoints
@@ -371,6 +379,8 @@ class Session:
         if self.shrunk is not None:
             named |= {HELD + name: value for name, value in self.state.masks.items()}
         named |= {ADMM + name: value for name, value in self.splitting.tensors().items()}
+        own = self._loss.state_dict() if isinstance(self._loss, nn.Module) else self._waiting
+        named |= {LOSS + name: value for name, value in own.items()}
         for tag, one in self.snapshots.items():
             named |= {f"{SNAPSHOT}{tag}/weights/{name}": value for name, value in one.weights.items()}
             named |= {f"{SNAPSHOT}{tag}/masks/{name}": value for name, value in one.masks.items()}
@@ -406,6 +416,7 @@ class Session:
         self.clock = Clock(
             progress if numbers["trained"] else None, numbers["total"], numbers["until"], numbers["begun"]
         )
+        self._waiting = placed(LOSS)
         self.masks = placed(MASKS)
         self.forms = {name: MaskFormat(**form) for name, form in numbers["forms"].items()}
         self.removed, self.taken = Removed(**numbers["removed"]), Removed(**numbers["taken"])

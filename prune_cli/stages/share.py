@@ -21,7 +21,7 @@ from prune_cli.pipeline import shrinking
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection import targets
 from prune_cli.selection.targets import LayerSelector
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.structure import prunable
 from prune_cli.structure.lineage import Lineage
 from prune_cli.training import weight_sharing
@@ -82,7 +82,7 @@ def share(
     empty = {name: torch.zeros((), dtype=torch.bool) for name in bits if name not in shared}
     progress = learning.learn(
         state,
-        learning.objective(state, distillation, label_smoothing),
+        teaching.objective(state, distillation, label_smoothing),
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -172,7 +172,7 @@ def check(
         ConfigError: says which key to change.
     """
     learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
+    teaching.check(state, distillation)
     bits = widths(state.model, conv, linear, rules, state.stage)
     if not bits:
         raise ConfigError(f"{state.stage}: no layer is left to share weights in; exclude fewer in {state.stage}.rules")

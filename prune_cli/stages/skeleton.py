@@ -19,7 +19,7 @@ from prune_cli.pipeline import shrinking
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import smallest
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.training import filter_skeleton as method
 from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
@@ -67,7 +67,7 @@ def skeleton(
     method.attach(state.model, names)
     progress = learning.learn(
         state,
-        learning.objective(state, distillation, label_smoothing),
+        teaching.objective(state, distillation, label_smoothing),
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -133,7 +133,7 @@ def check(
         ConfigError: says which key to change.
     """
     learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
+    teaching.check(state, distillation)
     _least(state, granularity)
     if norm_scale is not None and norm_scale <= 0:
         raise ConfigError(f"{state.stage}.norm_scale={norm_scale:g} must be above 0, as 0.5, or null")

@@ -9,7 +9,7 @@ from prune_cli.errors import ConfigError
 from prune_cli.granularities.n_m import NM
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection.granularity import Granularity
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.training import sr_ste as method
 from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
 
@@ -44,7 +44,7 @@ def sr_ste(
     method.attach(state.model, patterns, decay)
     progress = learning.learn(
         state,
-        learning.objective(state, distillation, label_smoothing),
+        teaching.objective(state, distillation, label_smoothing),
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -85,7 +85,7 @@ def check(state: State, *, granularity: Granularity, decay: float, distillation:
         ConfigError: says which key to change.
     """
     learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
+    teaching.check(state, distillation)
     _patterns(state, granularity)
     if decay < 0:
         raise ConfigError(f"{state.stage}.decay={decay:g} would make masked weights grow; give 0 or more, as 2e-4")

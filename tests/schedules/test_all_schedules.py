@@ -122,7 +122,7 @@ def test_what_it_says_of_its_length_is_an_upper_bound(name, tmp_path):
 def _no_teacher():
     from prune_cli.distillation.distillation import Distillation
 
-    return Distillation(lambda *_: None)
+    return Distillation()
 
 
 def option_fit():

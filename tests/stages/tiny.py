@@ -83,9 +83,7 @@ def run(
         criterion=criterion,
         granularity=granularity or Granularity(Filter(), 0.5),
         schedule=schedule,
-        distillation=Distillation(
-            lambda student, _, labels, smoothing: nn.functional.cross_entropy(student.logits, labels)
-        ),
+        distillation=Distillation(),
         batch_size=16,
         optimizer=functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
         lr_schedule=lambda now, epochs: 1 - 0.9 * now / max(epochs, 1),
