@@ -170,7 +170,13 @@ class _Trial:
             epochs, loss = self._request.train, session.loss()
             own = _copied(loss) if isinstance(loss, nn.Module) else None
             session.train(
-                Progress(), epochs=epochs, until=epochs, masks=masks, save=lambda *_: None, candidate=True, seed=self._seed
+                Progress(),
+                epochs=epochs,
+                until=epochs,
+                masks=masks,
+                save=lambda *_: None,
+                candidate=True,
+                seed=self._seed,
             )
             if own is not None and isinstance(loss, nn.Module):
                 loss.load_state_dict(own)
