@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.units import Context, Group, Structure, Vote
+from prune_cli.granularities.units import Context, FindPlan, Group, Structure, Vote
 from prune_cli.masks import Masks
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure import slicing, surgery
@@ -52,12 +52,12 @@ class Filter:
 
         Layers that share one score get the smallest of their ratios; layers that vote keep their own.
         """
-        plan = analyse(context.model, context.example_inputs)
+        plan = context.plan
         return [self._group(context, plan, family) for family in plan.families if _state(context, family) == "shrinks"]
 
     def explain(self, context: Context, named: frozenset[str]) -> list[str]:
         """Says which coupled layers stay whole or share a ratio, and which layers asked by name cannot shrink."""
-        plan = analyse(context.model, context.example_inputs)
+        plan = context.plan
         lines, served = [], set()
         for family in plan.families:
             names = _members(context, family)
@@ -99,10 +99,12 @@ class Filter:
         """A smaller dense tensor, and one bit per channel: of weights, and of the biases and norms that go along."""
         return {name: MaskFormat("filters") for name, _ in model.named_parameters()}
 
-    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
+    def shrink(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> surgery.Shrunk:
         """The network without the channels of which the masks leave nothing."""
-        plan = analyse(model, example_inputs)
-        return surgery.remove_units(model, plan, kept_units(model, plan, masks))
+        found = plan() if plan else analyse(model, example_inputs)
+        return surgery.remove_units(model, found, kept_units(model, found, masks))
 
 
 def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:

@@ -18,7 +18,7 @@ from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import SurgeryError
 from prune_cli.granularities.filter import kept_units
 from prune_cli.granularities.spatial import check_scores, many_positions, with_such_units
-from prune_cli.granularities.units import Context, Group
+from prune_cli.granularities.units import Context, FindPlan, Group
 from prune_cli.layers import replacing
 from prune_cli.masks import Masks
 from prune_cli.measure.latency import latency
@@ -70,7 +70,9 @@ class Stripe:
             f"{name}.weight": MaskFormat("stripe") for name, module in layers(model).items() if many_positions(module)
         }
 
-    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
+    def complete(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> dict[str, Tensor]:
         """The masks with those of filters without stripes: bias, norm parameters and the consumers' channels.
 
         Such a filter still gives a constant, which its norm's shift makes another one. Removing it with its norm is
@@ -79,19 +81,21 @@ class Stripe:
         if not _has_dead_filters(masks):
             return dict(masks)
         try:
-            plan = analyse(model, example_inputs)
+            found = plan() if plan else analyse(model, example_inputs)
         except SurgeryError as error:
             log.warning("filters without stripes keep their norms, as the network cannot be analysed: %s", error)
             return dict(masks)
-        return masking.joined(masks, slicing.structured_masks(model, plan, _living(plan, masks)))
+        return masking.joined(masks, slicing.structured_masks(model, found, _living(found, masks)))
 
-    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
+    def shrink(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> surgery.Shrunk:
         """The network without filters of which the masks leave nothing, its convolutions of the stripes they leave.
 
         Convolutions that stripes cannot replace (`replacing.fitting`) keep their masks.
         """
-        plan = analyse(model, example_inputs)
-        shrunk = surgery.remove_units(model, plan, kept_units(model, plan, masks))
+        found = plan() if plan else analyse(model, example_inputs)
+        shrunk = surgery.remove_units(model, found, kept_units(model, found, masks))
         cut = {name: masking.sliced(mask, shrunk.lineage.kept.get(name, {})) for name, mask in masks.items()}
         inputs = _inputs(shrunk.model, example_inputs)
         stripes = {name: numbers for name, numbers in replacing.fitting(shrunk.model, cut).items() if name in inputs}

@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.masks import Masks
 from prune_cli.measure.storage import MaskFormat
+from prune_cli.structure.follow import analyse
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.prunable import layers
+
+FindPlan = Callable[[], Plan]
+"""Gives the channel plan of a network that is analysed once for many choices."""
 
 Dependency = Literal["group", "union_keep", "inner_only"]
 
@@ -83,6 +87,7 @@ class Context:
         ratios: parameter name -> ratio asked, or an `mXnY` pattern.
         masked: masks that hold already and stay (their units rank lowest), or empty.
         dependency: how coupled layers decide together, for granularities whose units are coupled.
+        find_plan: gives the network's channel plan, where somebody keeps it; see `plan`.
     """
 
     model: nn.Module
@@ -91,6 +96,12 @@ class Context:
     ratios: Mapping[str, float | str]
     masked: Masks
     dependency: Dependency = "group"
+    find_plan: FindPlan | None = None
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The channel plan of the network, analysed where nobody keeps it."""
+        return self.find_plan() if self.find_plan else analyse(self.model, self.example_inputs)
 
     @functools.cached_property
     def prunable(self) -> frozenset[str]:
@@ -151,8 +162,10 @@ class Intersection(Protocol):
 class Silences(Protocol):
     """Units whose masks leave constants behind that must go too, for the masked network to equal the shrunk one."""
 
-    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
-        """The masks with those of the parameters that only serve what is masked."""
+    def complete(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> dict[str, Tensor]:
+        """The masks with those of the parameters that only serve what is masked; `plan`: see `Context`."""
 
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]

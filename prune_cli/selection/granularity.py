@@ -7,6 +7,7 @@ How many go is decided here, from ratios, scope and floors; which go, by the sco
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from prune_cli.granularities.units import (
     Context,
     Coupled,
     Dependency,
+    FindPlan,
     Formed,
     Intersection,
     Ratio,
@@ -88,9 +90,12 @@ class Granularity:
         """The ratio asked of each weight, by parameter name."""
         return targets.ratios(model, self.ratio, self.rules, self.ratio_file)
 
-    def forms(self, model: nn.Module, masks: Masks) -> dict[str, MaskFormat]:
-        """How each of the masks that these units made is stored."""
-        known = self.units.forms(model, self.ratios(model)) if isinstance(self.units, Formed) else {}
+    def forms(
+        self, model: nn.Module, masks: Masks, asked: Mapping[str, float | str] | None = None
+    ) -> dict[str, MaskFormat]:
+        """How each of the masks that these units made is stored; `asked`: the ratios where they are known already."""
+        asked = self.ratios(model) if asked is None else asked
+        known = self.units.forms(model, asked) if isinstance(self.units, Formed) else {}
         return {name: known.get(name, MaskFormat()) for name in masks}
 
     def named(self, model: nn.Module) -> frozenset[str]:
@@ -100,19 +105,25 @@ class Granularity:
             return frozenset()
         return frozenset(targets.ratios(model, self.ratio, rules, self.ratio_file)) & frozenset(self.ratios(model))
 
-    def split(self, model: nn.Module) -> tuple[Granularity, tuple[Constraint, ...]]:
+    def split(
+        self, model: nn.Module, asked: Mapping[str, float | str] | None = None
+    ) -> tuple[Granularity, tuple[Constraint, ...]]:
         """For ADMM: the granularity whose masks lie in all constraint sets, and the sets; most have just themselves.
 
         What a set takes from weights (the patterns of a library) is taken from the network as it is, once and for all.
         """
         if not isinstance(self.units, Intersection):
             return self, (Constraint("units", self.units),)
-        units, sets = self.units.constraints(model, self.ratios(model))
+        units, sets = self.units.constraints(model, self.ratios(model) if asked is None else asked)
         return replace(self, units=units), sets
 
-    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
+    def complete(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> dict[str, Tensor]:
         """The masks with those of the parameters that only serve what is masked, where these units leave any."""
-        return self.units.complete(model, example_inputs, masks) if isinstance(self.units, Silences) else dict(masks)
+        if not isinstance(self.units, Silences):
+            return dict(masks)
+        return self.units.complete(model, example_inputs, masks, plan)
 
     def check(self, model: nn.Module, criterion: Criterion, example_inputs: Tensor | None = None) -> None:
         """Refuses what makes no sense for this network and criterion.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from prune_cli.criteria.criterion import Need
 
 PREFIX = "movement/"
 
@@ -41,3 +43,7 @@ class Movement:
 def moved(memory: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
     """What `Movement` summed of one weight."""
     return memory[PREFIX + name].to(device)
+
+
+SUMMED: Mapping[Need, tuple[Callable[..., Movement], Callable[..., Tensor]]] = {"movement": (Movement, moved)}
+"""Needs that are summed up while the prune stage trains: the hook that does it, and what it summed of one weight."""
