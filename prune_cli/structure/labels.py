@@ -124,10 +124,8 @@ class Constraints:
 
     def copy(self) -> Constraints:
         """The same so far; what is added to the copy is not added to this one."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return Constraints(
-            **{name: list(value) if isinstance(value, list) else value for name, value in values.items()}
-        )
+        values: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return Constraints(**{name: value[:] if isinstance(value, list) else value for name, value in values.items()})
 
     def fresh(self, size: int) -> Tensor:
         """New variables for one axis of a parameter."""
