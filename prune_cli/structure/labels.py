@@ -124,8 +124,11 @@ class Constraints:
 
     def copy(self) -> Constraints:
         """The same so far; what is added to the copy is not added to this one."""
-        values: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return Constraints(**{name: value[:] if isinstance(value, list) else value for name, value in values.items()})
+        twin = replace(self)
+        for name in (entry.name for entry in fields(self)):
+            if isinstance(value := getattr(self, name), list):
+                setattr(twin, name, list(value))
+        return twin
 
     def fresh(self, size: int) -> Tensor:
         """New variables for one axis of a parameter."""
