@@ -30,7 +30,7 @@ from prune_cli.selection.select import select
 from prune_cli.structure import rebuild, verified
 from prune_cli.structure.lineage import Lineage, Replacement
 from tests.conftest import ROOT
-from tests.test_pruned import IMAGE, L1, built, images, node, signed, small
+from tests.files.test_pruned import IMAGE, L1, built, images, node, signed, small
 
 FORMAT_1 = Path(__file__).parent / "format_1"  # written by version 0.1, with the logits of `images()`
 RESNET = node("resnet_cifar", depth=8)
