@@ -44,9 +44,6 @@ ORIGIN = "_prune_record"
 Score = Callable[[LayerView], Tensor]
 Loss = Callable[[nn.Module, Any, Tensor], Tensor]
 
-OF_ANY_INPUTS = frozenset({"taylor", "taylor_filter", "n_keep"})
-"""Needs that are met by the loss alone: whatever the model's inputs are, only the loss touches them."""
-
 
 def shrink(
     model: nn.Module,
@@ -218,9 +215,10 @@ def _statistics(
     names: list[str],
 ) -> Statistics:
     """What the criterion needs, measured on the batches."""
-    if not isinstance(example_inputs, Tensor) and (left := set(criterion.needs) - OF_ANY_INPUTS):
+    left = sorted(need.name for need in criterion.entries if not need.any_inputs)
+    if left and not isinstance(example_inputs, Tensor):
         raise ConfigError(
-            f"criterion: {', '.join(sorted(left))} can only be measured on models of one input tensor; choose one that "
+            f"criterion: {', '.join(left)} can only be measured on models of one input tensor; choose one that "
             "reads the weights, such as l1 or fpgm, or taylor_group"
         )
     examples = list(batches) if requirements.needs_images(criterion) else []

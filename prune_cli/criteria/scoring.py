@@ -28,9 +28,9 @@ def score_of(
     Raises:
         ConfigError: something that the criterion needs was not measured, or the scores cannot be ranked.
     """
-    for need in criterion.needs:
-        if need not in ("norm", "n_keep") and need not in statistics:
-            raise ConfigError(f"criterion: needs the statistic {need!r} of {name}, which was not measured")
+    for need in criterion.entries:
+        if need.is_statistic and need.name not in statistics:
+            raise ConfigError(f"criterion: needs the statistic {need.name!r} of {name}, which was not measured")
     score = _scored(criterion, replace(_view(model, name, seed), statistics=statistics, n_keep=n_keep, norm=norm))
     if score.amax().isnan():  # the largest of all is nan where any is
         raise ConfigError(f"criterion: scores of {name} contain nan")

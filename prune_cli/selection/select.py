@@ -72,9 +72,9 @@ def select(
         seed: for criteria that draw numbers; each layer has its own generator.
     """
     asked = granularity.ratios(model)
-    norms = sites.norms(model, example_inputs) if "norm" in criterion.needs else {}
+    norms = sites.norms(model, example_inputs) if criterion.reads("structure") else {}
     kept: Mapping[str, int] = {}
-    if "n_keep" in criterion.needs:
+    if criterion.reads("request"):
         kept = rows_kept(granularity, model, example_inputs, asked, Fraction(str(share)), masked or {})
     scores = {
         name: score_of(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prune_cli import masks as masking
 from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.needs import Need
 from prune_cli.criteria.statistics import Calibration, Statistics, collect
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
@@ -28,7 +29,7 @@ from prune_cli.training import admm
 from prune_cli.training import fit as loop
 from prune_cli.training.distributed import same_masks
 from prune_cli.training.fit import BatchSize, LrSchedule, OptimizerFactory, Options, Progress, Smoothing
-from prune_cli.training.movement import Movement, moved
+from prune_cli.training.step_sums import StepSum, summed
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,10 @@ def prune(
             if request.enforce and course.masks:
                 course.masks = _completed(state, granularity, course.masks)
             loss = loss or learning.objective(state, distillation, label_smoothing)
-            moving = list(granularity.ratios(state.model)) if "movement" in criterion.needs else []
-            _train(state, course, request, loss, moving, batch_size, optimizer, lr_schedule, fit)
+            sums = {
+                need: list(granularity.ratios(state.model)) for need in criterion.entries if need.source == "training"
+            }
+            _train(state, course, request, loss, sums, batch_size, optimizer, lr_schedule, fit)
         course.memo = memo
         course.keep(state)
     if course.masks:
@@ -287,9 +290,10 @@ def _statistics(
 ) -> Statistics:
     """What the criterion needs: measured on the network as it is now, and summed up while it trained."""
     found = statistics_of(state, criterion, granularity, calibration)
-    if "movement" in criterion.needs and course.progress:
-        for name in found:
-            found[name]["movement"] = moved(course.progress.memory, name, state.device)
+    for need in criterion.entries:
+        if need.source == "training" and course.progress:
+            for name in found:
+                found[name][need.name] = summed(need, course.progress.memory, name, state.device)
     return found
 
 
@@ -317,7 +321,7 @@ def _train(
     course: _Course,
     request: Train,
     loss: loop.Loss,
-    moving: Sequence[str],
+    sums: Mapping[Need, Sequence[str]],
     batch_size: BatchSize,
     optimizer: OptimizerFactory,
     lr_schedule: LrSchedule,
@@ -332,9 +336,8 @@ def _train(
         assert progress.optimizer is not None
         return float(progress.optimizer.param_groups[0]["lr"])
 
-    hooks: list[loop.Regularise] = []  # movement is that of the loss, so it comes before anything is added
-    if moving:
-        hooks.append(Movement(state.model, moving, rate))
+    # Statistics are of the loss alone, so they come before anything is added to its gradients.
+    hooks: list[loop.Regularise] = [StepSum(need, state.model, names, rate) for need, names in sums.items()]
     if request.pull:
         assert course.rho is not None, "a schedule splits before it pulls"
         hooks.append(admm.Pull(state.model, list(course.splits.values()), course.rho))
