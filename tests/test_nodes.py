@@ -88,3 +88,7 @@ def test_key_changes_with_the_source_of_user_code(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def f():\n    return 2\n")
     sys.modules.pop("mine")
     assert content_key({"_target_": "mine.f"}) != before
+
+
+def test_targets_of_older_recipes_are_found_where_they_are_now():
+    assert resolve({"_target_": "prune_cli.lr_schedules.cosine", "_partial_": True}, "lr")(0.0, 10) == 1.0

@@ -23,6 +23,8 @@ from prune_cli.errors import ConfigError, nearest
 SPECIAL = ("_target_", "_partial_")
 # Code that shipped files may name; anything else is the user's own and its source is part of the store key.
 TRUSTED = ("prune_cli.", "torch.", "torchvision.")
+# Modules that recipes and run folders of version 0.1 name by another path.
+MOVED = {"prune_cli.lr_schedules": "prune_cli.training.lr_schedules"}
 
 
 def locate(target: str, path: str) -> Callable[..., Any]:
@@ -35,7 +37,7 @@ def locate(target: str, path: str) -> Callable[..., Any]:
     if not module_name:
         raise ConfigError(f"{path}._target_: {target!r} is not a dotted name such as 'my_module.score'")
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(MOVED.get(module_name, module_name))
     except ImportError as error:
         raise ConfigError(f"{path}._target_: cannot import {module_name!r} ({error})") from error
     if not callable(found := getattr(module, attribute, None)):

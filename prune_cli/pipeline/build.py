@@ -26,6 +26,7 @@ from prune_cli.console import Console
 from prune_cli.data.dataset import Dataset
 from prune_cli.errors import ConfigError
 from prune_cli.files.weights import load_weights
+from prune_cli.pipeline.code import code_behind
 from prune_cli.pipeline.loading import build_architecture
 from prune_cli.pipeline.state import State
 from prune_cli.pipeline.step import CHOICES, Pipeline, Step, prunes
@@ -51,10 +52,11 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
         log.info("dataset.fake=true: no pretrained weights are fetched for made-up images")
         config = config | {"model": config["model"] | {"pretrained": False}}
     seen: Counter[str] = Counter()
+    origin = config["model"], config["dataset"]
     steps = []
     for stage in order:
         seen[stage] += 1
-        steps.append(_step(stage, seen[stage], config[stage], choices))
+        steps.append(_step(stage, seen[stage], config[stage], origin, choices))
     device = local_device(choose_device(config.get("device", "auto")))
     _numerics(config)
     data = build_data(config, device)
@@ -82,14 +84,17 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
     root_key = key_of("", *parts, content_key(_without_place(config["dataset"])), config.get("limit_batches"))
     labels = {"seed": state.seed} | {group: choices.get(group) for group in ("recipe", "model", "dataset")}
     trained = bool(weights) or bool(config["model"].get("pretrained"))
-    return Pipeline(state, tuple(steps), root_key, labels, trained or prunes(steps[0]), trained)
+    return Pipeline(state, tuple(steps), root_key, labels, trained or prunes(steps[0]), trained, code_behind(origin))
 
 
-def _step(stage: str, occurrence: int, node: Mapping[str, Any], choices: Mapping[str, str]) -> Step:
+def _step(
+    stage: str, occurrence: int, node: Mapping[str, Any], origin: Sequence[Any], choices: Mapping[str, str]
+) -> Step:
+    """A step from its node; `origin`: the nodes of the network and the data that it starts from."""
     run = resolve(node, stage, runtime=("state",))
     name = stage if occurrence == 1 else f"{stage}_{occurrence}"
     used = {group: choices.get(group) if group in node else None for group in CHOICES}
-    return Step(name, run, content_key(node), used)
+    return Step(name, run, content_key(node), used, code_behind([node, *origin]))
 
 
 def _check(step: Step, state: State) -> State:

@@ -19,6 +19,7 @@ from prune_cli.files import artifacts, pruned
 from prune_cli.files.artifacts import Row
 from prune_cli.files.weights import write_weights
 from prune_cli.pipeline import results, shrinking
+from prune_cli.pipeline.code import changed
 from prune_cli.pipeline.loading import restore
 from prune_cli.pipeline.state import Outcome, State, derive_seed
 from prune_cli.pipeline.step import CHOICES, INITIAL, Pipeline, Step, prunes, reads_weights
@@ -36,21 +37,24 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
         Interrupted: the user asked to stop; what is finished is kept, the running stage is resumable.
         TrainingError, StorageError: see there.
     """
-    state, key = pipeline.state, pipeline.root_key
+    state, key, meaning = pipeline.state, pipeline.root_key, pipeline.root_key
     table: list[Row] = []
     layers: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
     steps = list(pipeline.steps)
     if pipeline.measured:
-        steps.insert(0, Step(INITIAL, lambda state: state.evolve(outcome=Outcome()), "", dict.fromkeys(CHOICES)))
+        as_it_is = Step(
+            INITIAL, lambda state: state.evolve(outcome=Outcome()), "", dict.fromkeys(CHOICES), pipeline.code
+        )
+        steps.insert(0, as_it_is)
     dense: Mapping[str, Any] | None = None
     for step in steps:
         if state.world.any(state.interrupted()):
             raise Interrupted(f"stopped before {step.name}; the same command goes on there")
         if prunes(step) and state.dense is None:
             state = state.evolve(dense=store.root / key)
-        key = key_of(key, step.name, step.content)
-        saved, state = _reuse_or_compute(step, state, key, store, latency)
+        key, meaning = key_of(key, step.name, step.content, step.code), key_of(meaning, step.name, step.content)
+        saved, state = _reuse_or_compute(step, state, key, meaning, store, latency)
         if not state.world.main:
             continue
         if state.dense is not None and dense is None:
@@ -80,8 +84,14 @@ def _tables(folder: Path, table: list[Row], layers: list[dict[str, Any]], histor
     artifacts.write_table(folder / artifacts.HISTORY, history, list(columns))
 
 
-def _reuse_or_compute(step: Step, state: State, key: str, store: Store, latency: bool) -> tuple[Path, State]:
-    """The folder of the step's result and the state after it. Of several processes rank 0 alone touches the store."""
+def _reuse_or_compute(
+    step: Step, state: State, key: str, meaning: str, store: Store, latency: bool
+) -> tuple[Path, State]:
+    """The folder of the step's result and the state after it. Of several processes rank 0 alone touches the store.
+
+    Args:
+        meaning: what of the key stays when only our code changes.
+    """
     world, folder = state.world, store.root / key
     if world.broadcast(store.find(key) is not None if world.main else None):
         log.info("%s: taken from the store (%s)", step.name, key)
@@ -90,6 +100,8 @@ def _reuse_or_compute(step: Step, state: State, key: str, store: Store, latency:
         if world.broadcast(store.find(key) is not None if world.main else None):
             log.info("%s: another process has finished it (%s)", step.name, key)
             return folder, restore(folder, state)
+        if world.main and (earlier := store.code_of(meaning)) and (modules := changed(earlier, step.code)):
+            log.warning("%s: computed again, as %s changed since the stored result", step.name, ", ".join(modules))
         log.info("%s: starting (%s)", step.name, key)
         began = time.monotonic()
         torch.manual_seed(derive_seed(state.seed, step.name, *([world.rank] if world.rank else [])))
@@ -99,6 +111,7 @@ def _reuse_or_compute(step: Step, state: State, key: str, store: Store, latency:
         if world.main:
             facts = results.measure_stage(after, seconds, latency)
             store.put(key, functools.partial(_write, after, facts))
+            store.note_code(meaning, key, step.code)
             log.info("%s: done, acc1 %.2f on the test split", step.name, facts["acc1"])
         # Go on from what was written, as a run that finds it in the store does: both then continue with the same bits.
         return folder, restore(folder, after)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prune_cli.pipeline.state import State
@@ -25,12 +25,14 @@ class Step:
         run: state -> State.
         content: hash of the stage's parameters, the files they name and the user code in them.
         choices: names of the options that the stage uses, for the table.
+        code: our own modules that the result depends on, with their hashes; see `code.code_behind`.
     """
 
     name: str
     run: Stage
     content: str
     choices: Mapping[str, str | None]
+    code: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Pipeline:
     Attributes:
         measured: whether the network that the first stage gets has a row of its own.
         trained: whether it was trained; where it was not, nothing is compared with its accuracy.
+        code: our own modules behind the network and the data; each step's `code` has them too.
     """
 
     state: State
@@ -48,6 +51,7 @@ class Pipeline:
     labels: Mapping[str, Any]
     measured: bool
     trained: bool
+    code: Mapping[str, str]
 
 
 def prunes(step: Step) -> bool:

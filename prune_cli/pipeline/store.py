@@ -3,6 +3,7 @@
     STORE/<key>/            a finished stage: weights, masks, checkpoint.json, manifest.json with checksums
     STORE/<key>.partial/    the newest resumable checkpoint of an unfinished stage
     STORE/<key>.lock        held while a process computes the stage
+    STORE/code/<...>.json   with which of our modules the newest result of a stage was computed, for messages alone
 
 A folder appears under its final name only when it is complete and on the disk. What fails its checksum is deleted
 and computed again, never loaded.
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 PARTIAL = ".partial"
+CODE = "code"
 
 
 def default_root() -> Path:
@@ -152,6 +154,23 @@ class Store:
         self.slot(key).clear()
         return self.root / key
 
+    def note_code(self, meaning: str, key: str, code: Mapping[str, str]) -> None:
+        """Remembers with which of our modules a result was computed, under the part of its key without them."""
+        with artifacts.writing(self.root):
+            (self.root / CODE).mkdir(exist_ok=True)
+        artifacts.write_json(self._code(meaning), {"key": key, "code": dict(code)})
+
+    def code_of(self, meaning: str) -> dict[str, str] | None:
+        """The modules of the newest result that differs from this one in our code at most; None where there is none."""
+        try:
+            code = json.loads(self._code(meaning).read_text(encoding="utf-8"))["code"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return {str(name): str(value) for name, value in code.items()} if isinstance(code, dict) else None
+
+    def _code(self, meaning: str) -> Path:
+        return self.root / CODE / f"{meaning}.json"
+
     def entries(self) -> list[Path]:
         """All finished results."""
         if not self.root.is_dir():
@@ -167,7 +186,7 @@ class Store:
         wanted, count, freed = set(used), 0, 0
         for path in sorted(self.root.iterdir()) if self.root.is_dir() else []:
             key = path.name.lstrip(".").split(".")[0]
-            if path.suffix == ".lock" or not path.is_dir():
+            if path.suffix == ".lock" or path.name == CODE or not path.is_dir():
                 continue
             if path.name == key and key in wanted and read_manifest(path) is not None:
                 continue
@@ -181,7 +200,19 @@ class Store:
             lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
             count += 1
+        for note in (self.root / CODE).glob("*.json"):
+            if not (self.root / (_key_in(note) or "gone")).is_dir():
+                note.unlink()
         return count, freed
+
+
+def _key_in(note: Path) -> str | None:
+    """The key of the result that a note is about; None where it is damaged."""
+    try:
+        key = json.loads(note.read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return key if isinstance(key, str) and key.isalnum() else None
 
 
 def size(folder: Path) -> int:

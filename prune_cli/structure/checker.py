@@ -34,7 +34,7 @@ class Checker(Tracer):
         ordinal = min(self.ordinal + (not self.running), len(self.trace.steps) - 1)
         return Refused(ordinal, self.layer, self.current, why)
 
-    def visit(self, name: str, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+    def visit(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         step = self._step(name)
         if step is None:  # a copy for a reshape that the dense network does without
             self.ordinal -= 1
@@ -101,7 +101,7 @@ class Checker(Tracer):
             total *= n
         return tuple(sizes) if int(mask.sum()) == total else None
 
-    def _positions(self, step: Step, args: tuple, kwargs: dict, outs: list[Tensor]) -> None:
+    def _positions(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], outs: list[Tensor]) -> None:
         """Slices and the like: the same operator picks the same positions of the kept labels."""
         _, marks = step.source or ((), NOTHING)
         for number, label in enumerate(marks.fields):

@@ -173,7 +173,9 @@ class Tracer(TorchDispatchMode):
         """Dotted name of the module that runs."""
         return self.stack[-1][0]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         self.ordinal += 1
         self.current, name, mutable, sort = operator_of(func)
@@ -201,15 +203,15 @@ class Tracer(TorchDispatchMode):
             f"the model does not run on the example input ({why}); give inputs of the shape and type it expects"
         )
 
-    def run(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+    def run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Computes an operator."""
         return func(*args, **kwargs)
 
-    def visit(self, name: str, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+    def visit(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Sees an executed operator."""
 
 
-def scalar_of(name: str, args: tuple) -> float | None:
+def scalar_of(name: str, args: tuple[Any, ...]) -> float | None:
     """The number that a tensor meets: of products the factor (a division counts as its inverse)."""
     if name not in SCALARS or len(args) < 2:
         return None

@@ -89,7 +89,7 @@ class Labeller(Tracer):
         found = self.codes[id(module)] = code_of(module), heads, norm
         return found
 
-    def visit(self, name: str, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+    def visit(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         layer, module = self.stack[-1]
         code, heads, norm = self.codes.get(id(module)) or self.about(module)
         level = self.levels.get((self.trace.training, self.ordinal), 0) if self.levels else 0

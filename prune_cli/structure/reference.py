@@ -38,7 +38,7 @@ class KeptNorms(Tracer):
                 self.seen[step.layer, step.name] += 1
         self.seen.clear()
 
-    def run(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+    def run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Computes an operator; norms over the kept positions."""
         if name not in tracing.NORM_OPERATORS:
             return super().run(name, func, args, kwargs)
@@ -66,7 +66,7 @@ class KeptNorms(Tracer):
             return func(source, *args[1:], **kwargs)
         return super().run(name, func, args, kwargs)
 
-    def _batch_norm(self, func: Any, args: tuple, step: Step) -> Any:
+    def _batch_norm(self, func: Any, args: tuple[Any, ...], step: Step) -> Any:
         """Of a weight (1, out, in * kernel), which is standardised so; what it makes of activations is exact."""
         marks = step.source[1] if step.source else NOTHING
         for label in marks.fields:
@@ -76,7 +76,7 @@ class KeptNorms(Tracer):
                 return (torch.zeros_like(args[0]).index_copy_(2, kept, small[0]), *small[1:])
         return func(*args)
 
-    def _softmax(self, func: Any, args: tuple, kwargs: dict, step: Step) -> Any:
+    def _softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step) -> Any:
         axis = args[1] % args[0].dim()
         for label in step.source[1].fields if step.source else ():
             if varied(label) == (axis,):
@@ -86,14 +86,14 @@ class KeptNorms(Tracer):
         return func(*args, **kwargs)
 
     @staticmethod
-    def _dims(args: tuple, rank: int) -> set[int]:
+    def _dims(args: tuple[Any, ...], rank: int) -> set[int]:
         dims = args[1] if len(args) > 1 else None
         return {d % rank for d in dims} if isinstance(dims, (list, tuple)) and dims else set(range(rank))
 
     def _kept(self, label: Tensor) -> Tensor:
         return torch.from_numpy(np.flatnonzero(self.keep[flat(label) + 1])).to(self.device)
 
-    def _layer_norm(self, func: Any, args: tuple, label: Tensor) -> Any:
+    def _layer_norm(self, func: Any, args: tuple[Any, ...], label: Tensor) -> Any:
         source, first = args[0], args[0].dim() - len(args[1])
         if len(varied(label)) != 1 or varied(label)[0] < first:
             return func(*args)
@@ -105,7 +105,7 @@ class KeptNorms(Tracer):
         out = torch.zeros_like(source).index_copy_(axis, kept, results[0])
         return (out, *results[1:]) if isinstance(small, tuple) else out
 
-    def _group_norm(self, func: Any, args: tuple, label: Tensor) -> Any:
+    def _group_norm(self, func: Any, args: tuple[Any, ...], label: Tensor) -> Any:
         source, weight, bias, batch, _, area, groups, eps = args
         if varied(label) != (1,):
             return func(*args)

@@ -130,8 +130,8 @@ def joined(device: torch.device) -> Iterator[World]:
         yield ALONE
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store = dist.PrefixStore(_start(store, rank, size), store)
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
+    store = dist.PrefixStore(_start(store, rank, size), store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
