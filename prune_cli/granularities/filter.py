@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.units import Context, Group, Structure, Vote
+from prune_cli.granularities.units import Context, FindPlan, Group, Structure, Units, Vote
 from prune_cli.masks import Masks
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure import slicing, surgery
@@ -26,7 +25,7 @@ Reduce = Literal["sum", "mean", "max", "first", "product"]
 
 
 @dataclass(frozen=True)
-class Filter:
+class Filter(Units):
     """Coupled output channels are one unit; a group is a family: all channels that must shrink together.
 
     Masks zero the producers' rows, biases and norm parameters and the consumers' columns, so the masked network
@@ -37,27 +36,25 @@ class Filter:
             the layers, or that of the first layer in the order of the parameters.
     """
 
+    name: ClassVar[str] = "filter"
+    level: ClassVar[Literal["element", "channel"]] = "channel"
     budgets: ClassVar[tuple[str, ...]] = ("macs", "params", "latency_ms")
+    coupled: ClassVar[bool] = True
+    shrinks: ClassVar[bool] = True
 
     reduce: Reduce = "sum"
-
-    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-        """Filters take scores of both levels, but only plain ratios."""
-        for name, ratio in ratios.items():
-            if isinstance(ratio, str):
-                raise ConfigError(f"{name}: {ratio!r} is an N:M pattern; granularity=filter takes a ratio in [0, 1)")
 
     def groups(self, context: Context) -> list[Group]:
         """One group per family whose layers were all asked for.
 
         Layers that share one score get the smallest of their ratios; layers that vote keep their own.
         """
-        plan = analyse(context.model, context.example_inputs)
+        plan = context.plan
         return [self._group(context, plan, family) for family in plan.families if _state(context, family) == "shrinks"]
 
     def explain(self, context: Context, named: frozenset[str]) -> list[str]:
         """Says which coupled layers stay whole or share a ratio, and which layers asked by name cannot shrink."""
-        plan = analyse(context.model, context.example_inputs)
+        plan = context.plan
         lines, served = [], set()
         for family in plan.families:
             names = _members(context, family)
@@ -99,10 +96,12 @@ class Filter:
         """A smaller dense tensor, and one bit per channel: of weights, and of the biases and norms that go along."""
         return {name: MaskFormat("filters") for name, _ in model.named_parameters()}
 
-    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
+    def shrink(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> surgery.Shrunk:
         """The network without the channels of which the masks leave nothing."""
-        plan = analyse(model, example_inputs)
-        return surgery.remove_units(model, plan, kept_units(model, plan, masks))
+        found = plan() if plan else analyse(model, example_inputs)
+        return surgery.remove_units(model, found, kept_units(model, found, masks))
 
 
 def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:

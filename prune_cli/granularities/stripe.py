@@ -17,8 +17,8 @@ from prune_cli import masks as masking
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import SurgeryError
 from prune_cli.granularities.filter import kept_units
-from prune_cli.granularities.spatial import check_scores, many_positions, with_such_units
-from prune_cli.granularities.units import Context, Group
+from prune_cli.granularities.spatial import many_positions, with_such_units
+from prune_cli.granularities.units import Context, FindPlan, Group, Units
 from prune_cli.layers import replacing
 from prune_cli.masks import Masks
 from prune_cli.measure.latency import latency
@@ -39,7 +39,7 @@ NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 stripe is a whole fil
 
 
 @dataclass(frozen=True)
-class Stripe:
+class Stripe(Units):
     """Every stripe is a unit; the stripes of a whole layer compete, not those of each filter.
 
     A stripe's score is the sum over its input channels: with criterion=l1 its L1 norm, with l2 its squared L2 norm.
@@ -50,18 +50,19 @@ class Stripe:
             so at batch 1 and 64, measured on the network's device; the others stay dense under their masks.
     """
 
+    name: ClassVar[str] = "stripe"
     budgets: ClassVar[tuple[str, ...]] = ("macs", "params")
+    shrinks: ClassVar[bool] = True
 
     convert: Literal["all", "faster"] = "all"
 
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-        """Stripes need scores per element and kernels larger than 1x1."""
-        check_scores("stripe", ratios, criterion)
-        with_such_units(model, ratios, many_positions, "stripe", NEEDS)
+        """Kernels larger than 1x1 must be there."""
+        with_such_units(model, ratios, many_positions, self.name, NEEDS)
 
     def groups(self, context: Context) -> list[Group]:
         """One group per convolution."""
-        asked = with_such_units(context.model, context.ratios, many_positions, "stripe", NEEDS)
+        asked = with_such_units(context.model, context.ratios, many_positions, self.name, NEEDS)
         return [_group(context, name, ratio) for name, ratio in asked.items()]
 
     def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
@@ -70,7 +71,9 @@ class Stripe:
             f"{name}.weight": MaskFormat("stripe") for name, module in layers(model).items() if many_positions(module)
         }
 
-    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
+    def complete(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> dict[str, Tensor]:
         """The masks with those of filters without stripes: bias, norm parameters and the consumers' channels.
 
         Such a filter still gives a constant, which its norm's shift makes another one. Removing it with its norm is
@@ -79,19 +82,21 @@ class Stripe:
         if not _has_dead_filters(masks):
             return dict(masks)
         try:
-            plan = analyse(model, example_inputs)
+            found = plan() if plan else analyse(model, example_inputs)
         except SurgeryError as error:
             log.warning("filters without stripes keep their norms, as the network cannot be analysed: %s", error)
             return dict(masks)
-        return masking.joined(masks, slicing.structured_masks(model, plan, _living(plan, masks)))
+        return masking.joined(masks, slicing.structured_masks(model, found, _living(found, masks)))
 
-    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
+    def shrink(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> surgery.Shrunk:
         """The network without filters of which the masks leave nothing, its convolutions of the stripes they leave.
 
         Convolutions that stripes cannot replace (`replacing.fitting`) keep their masks.
         """
-        plan = analyse(model, example_inputs)
-        shrunk = surgery.remove_units(model, plan, kept_units(model, plan, masks))
+        found = plan() if plan else analyse(model, example_inputs)
+        shrunk = surgery.remove_units(model, found, kept_units(model, found, masks))
         cut = {name: masking.sliced(mask, shrunk.lineage.kept.get(name, {})) for name, mask in masks.items()}
         inputs = _inputs(shrunk.model, example_inputs)
         stripes = {name: numbers for name, numbers in replacing.fitting(shrunk.model, cut).items() if name in inputs}
@@ -104,11 +109,7 @@ class Stripe:
 
 
 def _group(context: Context, name: str, ratio: float) -> Group:
-    scores = context.scores[name]
-    pooled = scores.sum(1)
-    if name in context.masked:
-        alive = context.masked[name].to(scores.device).expand(scores.shape).any(1)
-        pooled = pooled.masked_fill(~alive, float("-inf"))
+    pooled = context.pooled(name, 1, 1)
 
     def mask(keep: Tensor) -> dict[str, Tensor]:
         return {name: keep.view(pooled.shape).unsqueeze(1)}

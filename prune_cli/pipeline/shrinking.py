@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from prune_cli import masks as masking
+from prune_cli.granularities.units import Units
 from prune_cli.layers import replacing
 from prune_cli.pipeline.state import State
 from prune_cli.structure.lineage import Lineage
-from prune_cli.structure.verified import Shrinks, shrink
+from prune_cli.structure.verified import shrink
 
 log = logging.getLogger(__name__)
 
 CHECKED = 4  # images on which the shrunk network must agree with the masked one
 
 
-def shrink_state(state: State, units: object) -> State:
+def shrink_state(state: State, units: Units) -> State:
     """The state with the masked units taken out; masked and shrunk network must agree on calibration images."""
-    assert isinstance(units, Shrinks), "checked before anything was trained"
+    assert units.shrinks, "checked before anything was trained"
     masking.apply(state.model, state.masks)
     images = [image[None] for batch, _ in state.data.calibration(CHECKED, CHECKED) for image in batch]
     small = shrink(

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.units import Group
+from prune_cli.granularities.units import Group, Units
 from prune_cli.measure import cost as measure
 from prune_cli.measure import latency
 from prune_cli.selection import latency_table
@@ -74,17 +74,16 @@ class Budget:
         return Fraction(whole) - share * (Fraction(whole) - end)
 
 
-def check_legal(budget: Budget, units: object, has_ratios: bool) -> None:
+def check_legal(budget: Budget, units: Units, has_ratios: bool) -> None:
     """Refuses a budget beside ratios, and for units that it does not fit.
 
     Raises:
         ConfigError: says what would be legal.
     """
-    legal: tuple[str, ...] = getattr(units, "budgets", ())
-    if budget.quantity not in legal:
-        kind = type(units).__name__.lower()
-        choices = f"this granularity takes {' or '.join(legal)}" if legal else "choose granularity=filter or element"
-        raise ConfigError(f"granularity.budget.{budget.quantity} does not work with {kind} units; {choices}")
+    if budget.quantity not in units.budgets:
+        taken = f"this granularity takes {' or '.join(units.budgets)}"
+        choices = taken if units.budgets else "choose granularity=filter or element"
+        raise ConfigError(f"granularity.budget.{budget.quantity} does not work with {units.name} units; {choices}")
     if has_ratios:
         raise ConfigError(
             "granularity.budget finds the ratios itself: rules may name and exclude layers, but not set ratios, and "

@@ -16,7 +16,7 @@ from prune_cli.criteria.statistics import Calibration, Statistics, collect
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.files import artifacts
-from prune_cli.granularities.units import Constraint, Coupled
+from prune_cli.granularities.units import Constraint
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline import shrinking
 from prune_cli.pipeline.state import Outcome, State
@@ -192,7 +192,7 @@ def _trains_first(schedule: Schedule) -> bool:
 
 def _check_coupling(state: State, granularity: Granularity) -> None:
     """Refuses to prune by other norms than those that an earlier stage made sparse."""
-    if state.sparse_norms is None or not isinstance(granularity.units, Coupled):
+    if state.sparse_norms is None or not granularity.units.coupled:
         return
     matching = {"inner": ("inner_only",), "all": ("group", "union_keep")}[state.sparse_norms]
     if granularity.dependency not in matching:

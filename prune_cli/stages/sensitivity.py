@@ -188,7 +188,7 @@ def _everywhere(granularity: Granularity, model: nn.Module, ratio: float) -> Gra
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Found(Units):
     """Units that remember the groups they formed, with the scores that `select` gave them."""
 
     units: Units
