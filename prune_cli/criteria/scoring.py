@@ -31,7 +31,7 @@ def score_of(
     for need in criterion.entries:
         if need.is_statistic and need.name not in statistics:
             raise ConfigError(f"criterion: needs the statistic {need.name!r} of {name}, which was not measured")
-    score = _scored(criterion, replace(_view(model, name, seed), statistics=statistics, n_keep=n_keep, norm=norm))
+    score = _scored(criterion, replace(view_of(model, name, seed), statistics=statistics, n_keep=n_keep, norm=norm))
     if score.amax().isnan():  # the largest of all is nan where any is
         raise ConfigError(f"criterion: scores of {name} contain nan")
     return score
@@ -44,19 +44,18 @@ def try_out(criterion: Criterion, model: nn.Module, name: str) -> None:
         ConfigError: it fails, or its scores cannot be used.
     """
     if not criterion.needs and not _is_ours(criterion):
-        _scored(criterion, _view(model, name, 0))
+        _scored(criterion, view_of(model, name, 0))
 
 
-def _view(model: nn.Module, name: str, seed: int) -> LayerView:
+def view_of(model: nn.Module, name: str, seed: int) -> LayerView:
     """A weight as criteria see it that need nothing else."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    bias = getattr(module, "bias", None)
+    target = prunable.target(model, name)
     return LayerView(
         name,
-        prunable.weight_of(model, name).detach(),
-        None if bias is None else bias.detach(),
+        target.weight.detach(),
+        None if target.bias is None else target.bias.detach(),
         torch.Generator().manual_seed(seed),
-        axis=prunable.output_axis(model, name),
+        axis=target.axis,
     )
 
 

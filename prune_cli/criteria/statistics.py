@@ -24,7 +24,6 @@ from prune_cli.criteria.sites import LAYERS, Sites, TrackedOutput
 from prune_cli.errors import ConfigError
 from prune_cli.structure import prunable
 from prune_cli.structure.modes import composed_attention, evaluating
-from prune_cli.structure.prunable import output_axis
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, images, labels) -> mean loss of the batch, a scalar."""
@@ -82,10 +81,10 @@ def collect(
     Raises:
         ConfigError: the network's operators differ from batch to batch.
     """
-    names = list(names) if names is not None else [f"{name}.weight" for name in prunable.layers(model)]
+    names = list(names) if names is not None else list(prunable.targets(model))
     entries = [table.find(need) for need in needs]
     found: Statistics = {name: {} for name in names}
-    names = [name for name in names if isinstance(prunable.weight_of(model, name), nn.Parameter)]
+    names = [name for name in names if prunable.target(model, name).is_parameter]
     for need in entries:
         if need.source == "flow" and need.take:
             for name, value in need.take(model, example_inputs, names).items():
@@ -166,7 +165,7 @@ def _slopes(model: nn.Module, batch: tuple[Tensor, Tensor], loss: Loss, places: 
     gradients = _gradients(model, loss, images, labels, list(dict.fromkeys(wanted)))
     samples = {}
     for name in names:
-        axis = output_axis(model, name)
+        axis = prunable.target(model, name).axis
         weight = model.get_parameter(name).detach()
         gate = weight.new_zeros(weight.shape[axis])
         for part in norms.get(name, ()):
@@ -210,7 +209,7 @@ def _finished(model: nn.Module, name: str, need: Need, total: RunningSum) -> Ten
     Raises:
         ConfigError: an entry of the user's own gives another shape than it says.
     """
-    weight, axis = model.get_parameter(name), output_axis(model, name)
+    weight, axis = model.get_parameter(name), prunable.target(model, name).axis
     value = need.finish(total, weight.detach(), axis)
     if need.shape == "channel":
         fits = value.shape == weight.shape[axis : axis + 1]

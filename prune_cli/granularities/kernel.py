@@ -13,7 +13,7 @@ from prune_cli.criteria.criterion import Criterion
 from prune_cli.granularities.spatial import many_positions, with_such_units
 from prune_cli.granularities.units import Context, Group, Units
 from prune_cli.measure.storage import MaskFormat
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import targets
 
 NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 kernel is a single weight)"
 
@@ -40,9 +40,7 @@ class Kernel(Units):
 
     def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept kernels' values and one bit per kernel."""
-        return {
-            f"{name}.weight": MaskFormat("kernel") for name, module in layers(model).items() if many_positions(module)
-        }
+        return {name: MaskFormat("kernel") for name, target in targets(model).items() if many_positions(target.module)}
 
 
 def group(context: Context, name: str, ratio: float | Fraction) -> Group:

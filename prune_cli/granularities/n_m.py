@@ -22,6 +22,7 @@ from prune_cli.errors import ConfigError
 from prune_cli.granularities.units import Context, Group, Units
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure.keep import removed
+from prune_cli.structure.prunable import target
 
 PAIRWISE = 16  # up to this m, comparing all pairs is faster than sorting
 
@@ -122,7 +123,7 @@ def input_axis(model: nn.Module, name: str) -> int:
     Raises:
         ConfigError: a transposed convolution with groups, whose groups lie behind each other on that axis.
     """
-    module = model.get_submodule(name.rpartition(".")[0])
+    module = target(model, name).module
     if not isinstance(module, _ConvTransposeNd):
         return 1
     if module.groups > 1:

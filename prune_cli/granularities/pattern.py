@@ -22,7 +22,7 @@ from prune_cli.granularities.spatial import with_such_units
 from prune_cli.granularities.units import Constraint, Context, Group, Ratio, Units
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure.keep import removed
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import targets
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class Pattern(Units):
     def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept kernels' values, a pattern number each, one bit per kernel, and the library."""
         form = MaskFormat("pattern", {"entries": self.rules.entries, "library": self.rules.library})
-        return {f"{name}.weight": form for name, module in layers(model).items() if is_3x3(module)}
+        return {name: form for name, target in targets(model).items() if is_3x3(target.module)}
 
 
 @dataclass(frozen=True)

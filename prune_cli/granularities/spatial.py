@@ -38,16 +38,16 @@ def with_such_units(
         ConfigError: a chosen layer does not fit, or none does.
     """
     asked = {name: float(ratio) for name, ratio in ratios.items() if not isinstance(ratio, str)}
-    modules = {f"{name}.weight": module for name, module in prunable.layers(model).items()}
-    everything = set(asked) == set(modules) and len(set(asked.values())) == 1
+    targets = prunable.targets(model)
+    everything = set(asked) == set(targets) and len(set(asked.values())) == 1
     found, others = {}, []
     for name, ratio in asked.items():
-        if fits(modules[name]):
+        if fits(targets[name].module):
             found[name] = ratio
         elif ratio > 0:
             others.append(name)
     if others and not everything:
-        shape = "x".join(map(str, modules[others[0]].get_parameter("weight").shape))
+        shape = "x".join(map(str, targets[others[0]].weight.shape))
         raise ConfigError(
             f"{others[0]} ({shape}): granularity={unit} needs {needs}; exclude this layer, or choose granularity=filter"
         )

@@ -28,7 +28,7 @@ from prune_cli.structure.follow import analyse
 from prune_cli.structure.interpreter import call_model
 from prune_cli.structure.modes import evaluating
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import targets
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,7 @@ class Stripe(Units):
 
     def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept stripes' values and one bit per stripe."""
-        return {
-            f"{name}.weight": MaskFormat("stripe") for name, module in layers(model).items() if many_positions(module)
-        }
+        return {name: MaskFormat("stripe") for name, target in targets(model).items() if many_positions(target.module)}
 
     def complete(
         self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None

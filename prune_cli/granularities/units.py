@@ -19,7 +19,7 @@ from prune_cli.masks import Masks
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import targets
 from prune_cli.structure.surgery import Shrunk
 
 FindPlan = Callable[[], Plan]
@@ -78,6 +78,11 @@ class Group:
     votes: tuple[Vote, ...] = ()
     structure: Structure | None = None
 
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Dotted names of the layers that lose these units."""
+        return self.layers or (self.name.removesuffix(".weight"),)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -125,7 +130,7 @@ class Context:
     @functools.cached_property
     def prunable(self) -> frozenset[str]:
         """Names of all weights that could be asked for."""
-        return frozenset(f"{name}.weight" for name in layers(self.model))
+        return frozenset(targets(self.model))
 
 
 class Units:

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from prune_cli.measure.macs import MacCounter
 from prune_cli.structure.modes import composed_attention, evaluating
+from prune_cli.structure.prunable import owner
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def cost(
         counter, outputs = _count(model, example, masks, None)
     owned: dict[str, list[str]] = {}
     for name in parameters:
-        owned.setdefault(name.rpartition(".")[0], []).append(name)
+        owned.setdefault(owner(name), []).append(name)
     layers = []
     for name, module in model.named_modules():
         names = owned.get(name, [])

@@ -22,6 +22,7 @@ from prune_cli.selection import latency_table
 from prune_cli.selection.ranking import Limits, Ranking, smallest
 from prune_cli.structure import surgery
 from prune_cli.structure.plan import Plan
+from prune_cli.structure.prunable import owner
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ def _of_weights(quantity: Quantity, groups: Sequence[Group], model: nn.Module, e
         ).items():
             size = parameters[name].numel()
             gone = size - int(mask.expand(parameters[name].shape).sum())
-            saved += Fraction(gone, size) * macs.get(name.rpartition(".")[0], 0) if quantity == "macs" else gone
+            saved += Fraction(gone, size) * macs.get(owner(name), 0) if quantity == "macs" else gone
         owned.append(saved)
         each.append(saved / group.scores.numel())
     fixed = total - sum(owned)

@@ -36,7 +36,7 @@ from prune_cli.selection import targets
 from prune_cli.selection.budget import Budget
 from prune_cli.selection.ranking import Limits, Normalize, Scope
 from prune_cli.selection.targets import Rule
-from prune_cli.structure.prunable import layers, weight_of
+from prune_cli.structure.prunable import layers, target
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Granularity:
                 "granularity.shrink=true, but units of this granularity can only be masked; choose granularity=filter, "
                 "stripe or shrink=false"
             )
-        computed = [name for name in asked if not isinstance(weight_of(model, name), nn.Parameter)]
+        computed = [name for name in asked if not target(model, name).is_parameter]
         if computed and not self.units.coupled:
             raise ConfigError(
                 f"{computed[0]} is computed from other parameters (weight_norm, a parametrization), so single weights of it "
@@ -172,7 +172,7 @@ class Granularity:
             try_out(criterion, model, next(iter(asked)))
         if example_inputs is None or not (self.budget or self.units.coupled):
             return
-        blank = {name: torch.zeros(()).expand(weight_of(model, name).shape) for name in asked}
+        blank = {name: torch.zeros(()).expand(target(model, name).weight.shape) for name in asked}
         context = Context(model, example_inputs, blank, asked, {}, self.dependency)
         for line in self.units.explain(context, self.named(model)):
             log.warning("%s", line)

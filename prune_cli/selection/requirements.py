@@ -53,7 +53,7 @@ def check(
         )
     asked = list(granularity.ratios(model))
     flows = [need.take for need in criterion.entries if need.source == "flow" and need.take]
-    if flows and all(bool(prunable.weight_of(model, name).any()) for name in asked):
+    if flows and all(bool(prunable.target(model, name).weight.any()) for name in asked):
         # Weights that are 0 before training, as some classifiers', let nothing through yet and tell nothing.
         for flow in flows:
             flow(model, example_inputs, asked)
@@ -75,7 +75,7 @@ def check(
 
 def _check_norms(model: nn.Module, found: finding.Sites, asked: list[str], example_inputs: Tensor) -> None:
     """Every family of filters that will be ranked has a norm with a scale behind one of its layers."""
-    layers = {f"{name}.weight" for name in prunable.layers(model)}
+    layers = prunable.targets(model)
     bare = []
     for family in analyse(model, example_inputs).families:
         names = [name for name, _ in family.producers if name in layers]

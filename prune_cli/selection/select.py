@@ -24,7 +24,7 @@ from prune_cli.selection.ranking import normalized as normalized
 from prune_cli.structure import slicing
 from prune_cli.structure.keep import spared
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.prunable import output_axis, weight_of
+from prune_cli.structure.prunable import target
 
 log = logging.getLogger(__name__)
 
@@ -135,12 +135,12 @@ def rows_kept(
 
     A choice by equal scores is made and its masks are counted, so that coupled layers get their family's number.
     """
-    blank = {name: torch.zeros(weight_of(model, name).shape[output_axis(model, name)]) for name in asked}
+    blank = {name: torch.zeros(target(model, name).channels) for name in asked}
     groups = granularity.units.groups(Context(model, example_inputs, blank, asked, masked, granularity.dependency))
     kept = {name: scores.numel() for name, scores in blank.items()}
     keeps = keep_units(groups, granularity, share, model, example_inputs)
     for name, mask in combined(model, groups, keeps).items():
-        axis = output_axis(model, name) if name in kept else 0
+        axis = target(model, name).axis if name in kept else 0
         if name in kept and mask.shape[axis] == kept[name]:  # masks of input channels alone have one row for all
             kept[name] = int(mask.movedim(axis, 0).flatten(1).any(1).sum())
     return kept
