@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import Field
 
 from prune_cli.config.content import content_key
-from prune_cli.config.nodes import resolve
+from prune_cli.config.nodes import Flat, resolve
 from prune_cli.errors import ConfigError
 
 HERE = __name__
@@ -88,6 +90,48 @@ def test_key_changes_with_the_source_of_user_code(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def f():\n    return 2\n")
     sys.modules.pop("mine")
     assert content_key({"_target_": "mine.f"}) != before
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    size: Annotated[int, Field(ge=1)]
+    inner: Inner
+    smooth: float = 0.0
+
+
+def trained(state: object, *, epochs: int, how: Annotated[How, Flat()]) -> How:
+    return how
+
+
+FLAT = {"_target_": "own_code.trained", "epochs": 3, "size": 2, "inner": {"size": 5}}
+
+
+def test_a_flat_parameter_takes_its_fields_from_the_keys_of_the_node():
+    made = resolve(FLAT, "stage", runtime=("state",))
+    assert made.keywords == {"epochs": 3, "how": How(size=2, inner=Inner(5))}
+    assert made(None).size == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"siez": 3}, r"stage\.siez: unknown key; did you mean 'size'"),
+        ({"epohcs": 3}, r"stage\.epohcs: unknown key; did you mean 'epochs'"),
+        ({"how": 3}, r"stage\.how: unknown key"),
+        ({"size": 0}, r"stage\.size: .*greater than or equal to 1.*0"),
+        ({"inner": {"siez": 3}}, r"stage\.inner\.siez: unknown key; did you mean 'size'"),
+        ({"size": None}, r"stage\.size: .*integer.*None"),
+    ],
+)
+def test_mistakes_in_flat_keys_are_named_as_any_other(change, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve({**FLAT, **change}, "stage", runtime=("state",))
+
+
+def test_a_missing_flat_key_is_named():
+    node = {key: value for key, value in FLAT.items() if key != "size"}
+    with pytest.raises(ConfigError, match="stage: needs a value for size"):
+        resolve(node, "stage", runtime=("state",))
 
 
 def test_targets_of_older_recipes_are_found_where_they_are_now():

@@ -21,9 +21,14 @@ from torch.nn import functional as F
 
 from prune_cli.criteria.statistics import collect
 from prune_cli.data.fake import fake
+from prune_cli.distillation.attention_transfer import attention_transfer
+from prune_cli.distillation.distillation import Term
+from prune_cli.distillation.fitnet import FitNet
+from prune_cli.distillation.losses import hinton
+from prune_cli.distillation.objective import Objective, prepared
 from prune_cli.training import distributed, filter_skeleton, sr_ste
 from prune_cli.training.distributed import World, joined, parallel
-from prune_cli.training.fit import fit
+from prune_cli.training.fit import Options, fit
 from prune_cli.training.lr_schedules import cosine
 from tests.conftest import ROOT
 
@@ -92,6 +97,45 @@ def curve(world: World) -> dict[str, list]:
     return {"loss": [row["loss"] for row in progress.history], "weights": model[1].weight.flatten().tolist()[:50]}
 
 
+def taught(world: World) -> dict[str, list]:
+    """Losses, weights and regressors of a distilled training, with batches that do not divide evenly."""
+    data = fake(shape=(3, 8, 8), num_classes=4, train=50, test=10, val=0)
+    torch.manual_seed(0)
+    teacher, student = (
+        nn.Sequential(nn.Conv2d(3, n, 3), nn.Tanh(), nn.Conv2d(n, n, 3), nn.Flatten(), nn.Linear(16 * n, 4)).double()
+        for n in (6, 4)
+    )
+    torch.manual_seed(world.rank)  # as stages do: what the ranks draw from then on differs
+    options = {
+        "soft": Term(hinton(), "dense"), "hints": Term(FitNet, "dense", features=("0", "2")),
+        "maps": Term(attention_transfer, "dense", features=("0",)),
+    }  # fmt: skip
+    images = torch.zeros(2, 3, 8, 8).double()
+    terms = [prepared(term, student, teacher, images, key=key, seed=5) for key, term in options.items()]
+    objective = Objective(student, terms, 0.5, 0.1)
+
+    class Doubled:
+        def __init__(self) -> None:
+            self.batches = data.train(15, 3, shard=world.shard)
+            self.size = self.batches.size
+
+        def __len__(self) -> int:
+            return len(self.batches)
+
+        def epoch(self, epoch: int, start: int = 0):
+            return ((images.double(), labels) for images, labels in self.batches.epoch(epoch, start))
+
+    progress = fit(
+        student, Doubled(), objective, optimizer=functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9), world=world,
+        lr_schedule=cosine, epochs=3, options=Options(clip=0.2, accumulate=2),
+    )  # fmt: skip
+    own = torch.cat([parameter.detach().flatten() for parameter in objective.parameters()])
+    weights = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
+    return {
+        "loss": [row["loss"] for row in progress.history], "weights": weights.tolist()[:80], "regressors": own.tolist(),
+    }  # fmt: skip
+
+
 def measured(world: World) -> dict[str, list]:
     """What criteria measure on a network, each process on its share of 5 batches."""
     data = fake(shape=(3, 8, 8), num_classes=4, train=50, test=10, val=0)
@@ -107,7 +151,7 @@ def two_processes(place: Path, function: str, body: str) -> str:
     script = place / "child.py"
     script.write_text(
         f"import json, torch\nfrom tests.test_processes import {function}\n"
-        f"from prune_cli.processes import joined, leave\nwith joined(torch.device('cpu')) as world:\n{body}leave()\n"
+        f"from prune_cli.training.distributed import joined, leave\nwith joined(torch.device('cpu')) as world:\n{body}leave()\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
@@ -141,6 +185,28 @@ def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
     two, one = json.loads(out.strip().splitlines()[-1]), curve(World())
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-10)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9, abs=1e-14)
+
+
+def test_two_gloo_processes_learn_from_a_teacher_as_one_does(tmp_path):
+    two_processes(
+        tmp_path, "taught", f"    open(f'{tmp_path}/{{world.rank}}.json', 'w').write(json.dumps(taught(world)))\n"
+    )
+    one = taught(World())
+    ranks = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
+    assert ranks[0] == ranks[1], "bit-equal on every rank"
+    assert ranks[0]["loss"] == pytest.approx(one["loss"], rel=1e-10)
+    assert ranks[0]["weights"] == pytest.approx(one["weights"], rel=1e-9, abs=1e-14)
+    assert ranks[0]["regressors"] == pytest.approx(one["regressors"], rel=1e-9, abs=1e-14)
+
+
+def test_a_distilled_recipe_in_two_processes(tmp_path):
+    process = torchrun(
+        tmp_path, *RUN, "distillation=fitnet", "granularity=filter", "+distillation@distillation.terms.soft=hinton",
+        "limit_batches=3",
+    )  # fmt: skip
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "finetune: done" in err
 
 
 def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from prune_cli.config import option_files
 from prune_cli.config.locations import GROUPS, options, searchpath, shipped
 from prune_cli.errors import ConfigError, nearest
 
@@ -76,12 +77,12 @@ def plain(config: Any, overrides: list[str]) -> dict[str, Any]:
 
     Where the command line chooses another option of a group than the recipe, keys that the recipe set for its own
     option would be unknown to the new one (`schedule=one_shot` under a recipe with `schedule.retrain_epoch`); those
-    that the new option's file does not have, and the command line does not set, are dropped.
+    that the new option's files do not have, and the command line does not set, are dropped.
     """
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    given = {text.split("=", 1)[0].lstrip("+") for text in overrides}
+    given = {text.split("=", 1)[0].lstrip("+").rpartition("@")[2] for text in overrides}  # of GROUP@PACKAGE the package
     with open_dict(config):
         config.pop("hydra", None)
         for text in overrides:
@@ -90,9 +91,9 @@ def plain(config: Any, overrides: list[str]) -> dict[str, Any]:
                 continue
             group, package, name = match.groups()
             node = OmegaConf.select(config, package or group)
-            if node is None or name not in (found := options(group)):
+            if node is None or name not in options(group):
                 continue
-            known = OmegaConf.load(found[name])
+            known = option_files.keys(f"{group}/{name}")
             for key in [str(key) for key in node]:
                 prefix = f"{package or group}.{key}"
                 set_here = any(name == prefix or name.startswith(prefix + ".") for name in given)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 GROUPS = (
     "recipe", "model", "dataset", "criterion", "granularity", "schedule", "distillation", "regulariser", "optimizer",
-    "lr_schedule", "stage",
+    "lr_schedule", "fit", "stage",
 )  # fmt: skip
 
 

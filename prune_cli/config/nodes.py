@@ -27,6 +27,14 @@ TRUSTED = ("prune_cli.", "torch.", "torchvision.")
 MOVED = {"prune_cli.lr_schedules": "prune_cli.training.lr_schedules"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """Marks a parameter whose fields are keys of the node itself: `training: Annotated[Training, Flat()]`.
+
+    A function then takes as one dataclass what a recipe spells beside the function's other keys.
+    """
+
+
 def locate(target: str, path: str) -> Callable[..., Any]:
     """Returns the function or class that a dotted name stands for.
 
@@ -52,7 +60,8 @@ def resolve(node: Any, path: str, annotation: Any = None, runtime: Sequence[str]
     Args:
         node: data without interpolations: a mapping with `_target_` becomes the call's result, or a partial where
             `_partial_: true`; a mapping for a parameter that is annotated with a dataclass becomes that dataclass, one
-            for a mapping of dataclasses a dictionary of them.
+            for a mapping of dataclasses a dictionary of them. A parameter marked `Flat` takes its fields from the keys
+            of the node.
         path: dotted path of the node, for messages.
         annotation: type of the parameter that will receive the result.
         runtime: names of parameters that are passed later, at the call; the result is then always a partial.
@@ -105,7 +114,7 @@ def validate(value: Any, path: str, annotation: Any) -> Any:
         ):
             names = [field.name for field in dataclasses.fields(dataclass)]
             hint = nearest(str(first["loc"][-1]), names)
-        if first["type"] == "callable_type" and (group := where.rpartition(".")[2]) in GROUPS:
+        if first["type"] in ("callable_type", "dataclass_type") and (group := where.rpartition(".")[2]) in GROUPS:
             raise ConfigError(f"{where}: choose an option of the group {group} by {group}@{where}={found}") from error
         message = f"{first['msg'][0].lower()}{first['msg'][1:]}".replace("a valid tuple", "a list")
         raise ConfigError(f"{where}: {message}, got {found!r}{hint}") from error
@@ -133,12 +142,21 @@ def _bind(
         if name in runtime
         or (partial and parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
     }
-    settable = [name for name in parameters if name not in later and name not in ("self", "args", "kwargs")]
-    keywords = {}
+    flat = {name: found for name in parameters if (found := _flat_in(hints.get(name)))}
+    owners = {field.name: name for name, dataclass in flat.items() for field in dataclasses.fields(dataclass)}
+    hidden = {*later, *flat, "self", "args", "kwargs"}
+    settable = [*(name for name in parameters if name not in hidden), *owners]
+    keywords: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {name: {} for name in flat}
     for key, value in given.items():
         if key not in settable and not open_ended:
             raise ConfigError(f"{path}.{key}: unknown key{nearest(key, settable)}")
-        keywords[key] = resolve(value, f"{path}.{key}", hints.get(key))
+        if key in owners:
+            parts[owners[key]][key] = value
+        else:
+            keywords[key] = resolve(value, f"{path}.{key}", hints.get(key))
+    for name, dataclass in flat.items():
+        keywords[name] = _bind(dataclass, parts[name], path, (), partial=False)
     missing = [
         name
         for name, parameter in parameters.items()
@@ -165,6 +183,13 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return typing.get_type_hints(owner, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return {}  # annotations that exist for type checkers only: nothing to check against
+
+
+def _flat_in(annotation: Any) -> Any:
+    """The dataclass of a parameter that is marked `Flat`, else None."""
+    if any(isinstance(mark, Flat) for mark in getattr(annotation, "__metadata__", ())):
+        return typing.get_args(annotation)[0]
+    return None
 
 
 def _dataclass_in(annotation: Any) -> type | None:

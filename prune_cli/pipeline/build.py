@@ -6,12 +6,8 @@ taking from the store what is there and adding what is not.
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
 import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +22,12 @@ from prune_cli.console import Console
 from prune_cli.data.dataset import Dataset
 from prune_cli.errors import ConfigError
 from prune_cli.files.weights import load_weights
+from prune_cli.pipeline.checks import check_stage
 from prune_cli.pipeline.code import code_behind
 from prune_cli.pipeline.loading import build_architecture
+from prune_cli.pipeline.stage import declaration
 from prune_cli.pipeline.state import State
-from prune_cli.pipeline.step import CHOICES, Pipeline, Step, prunes
+from prune_cli.pipeline.step import CHOICES, Pipeline, Step
 from prune_cli.pipeline.store import Store, key_of
 from prune_cli.tensors import state_sha256
 from prune_cli.training.distributed import local_device
@@ -77,14 +75,16 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
     _check_order(steps)
     checked = state
     for step in steps:
-        if prunes(step):
+        if step.stage.removes:
             checked = checked.evolve(dense=store.root)  # from here on there is a dense network to learn from
-        checked = _check(step, checked)
+        checked = check_stage(checked.evolve(stage=step.name), step.stage, step.parameters)
     parts = (content_key(config["model"]), state_sha256(model.state_dict()), data.fingerprint, state.seed)
     root_key = key_of("", *parts, content_key(_without_place(config["dataset"])), config.get("limit_batches"))
     labels = {"seed": state.seed} | {group: choices.get(group) for group in ("recipe", "model", "dataset")}
     trained = bool(weights) or bool(config["model"].get("pretrained"))
-    return Pipeline(state, tuple(steps), root_key, labels, trained or prunes(steps[0]), trained, code_behind(origin))
+    return Pipeline(
+        state, tuple(steps), root_key, labels, trained or steps[0].stage.removes, trained, code_behind(origin)
+    )
 
 
 def _step(
@@ -94,29 +94,8 @@ def _step(
     run = resolve(node, stage, runtime=("state",))
     name = stage if occurrence == 1 else f"{stage}_{occurrence}"
     used = {group: choices.get(group) if group in node else None for group in CHOICES}
-    return Step(name, run, content_key(node), used, code_behind([node, *origin]))
-
-
-def _check(step: Step, state: State) -> State:
-    """Runs the `check` that a stage's file may define, with those of the stage's parameters that it names.
-
-    Returns:
-        the state for the checks of later stages: what `check` returns, where it returns one.
-    """
-    assert isinstance(step.run, functools.partial)
-    if optimizer := step.run.keywords.get("optimizer"):
-        try:
-            optimizer([torch.nn.Parameter(torch.zeros(1))])
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{step.name}.optimizer: {error}") from error
-    if step.run.keywords.get("epochs"):
-        _check_last_batch(state, step.name, int(step.run.keywords["batch_size"]))
-    check = getattr(sys.modules[step.run.func.__module__], "check", None)
-    if check is None:
-        return state
-    wanted = inspect.signature(check).parameters
-    given = {key: value for key, value in step.run.keywords.items() if key in wanted}
-    return check(state.evolve(stage=step.name), **given) or state
+    code = code_behind([node, *origin])
+    return Step(name, run, content_key(node), used, code, declaration(run.func, run.keywords), run.keywords)
 
 
 def _check_outputs(state: State) -> None:
@@ -141,44 +120,20 @@ def _check_outputs(state: State) -> None:
         )
 
 
-def _check_last_batch(state: State, stage: str, batch_size: int) -> None:
-    """Refuses a batch of a single image where the network cannot train on one, as batch norms of 1x1 maps.
-
-    Raises:
-        ConfigError: which key to change.
-    """
-    batches = state.data.train(batch_size, 0)
-    if len(batches) == 0 or batches.size(len(batches) - 1) != 1:
-        return
-    try:
-        with torch.no_grad():
-            copy.deepcopy(state.model).train()(state.example_inputs())
-    except ValueError as error:
-        raise ConfigError(
-            f"{stage}.batch_size={batch_size} leaves one image of {state.data.sizes['train']} for the last batch, on which "
-            f"model={state.architecture.name} cannot train ({str(error).splitlines()[0]}); choose another"
-        ) from error
-
-
 def _check_order(steps: Sequence[Step]) -> None:
     """Refuses stages that would undo what an earlier one is there for.
-
-    A stage's file says FINAL where its result would not survive another stage.
 
     Raises:
         ConfigError: names both.
     """
     final: Step | None = None
     for step in steps:
-        assert isinstance(step.run, functools.partial)
-        module = sys.modules[step.run.func.__module__]
-        if getattr(module, "FINAL", False):
+        if step.stage.final is not None:
             final = step
-        elif final:
-            raise ConfigError(
-                f"stages: {step.name} after {final.name} would lose the shared weights; put {final.name} after it "
-                f"({final.name} fine-tunes the shared values itself: {final.name}.epochs)"
-            )
+        elif final is not None:
+            assert final.stage.final is not None
+            why = final.stage.final.format(stage=final.name)
+            raise ConfigError(f"stages: {step.name} after {final.name} {why}")
 
 
 def choose_device(name: str) -> torch.device:

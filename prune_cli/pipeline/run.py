@@ -22,7 +22,7 @@ from prune_cli.pipeline import results, shrinking
 from prune_cli.pipeline.code import changed
 from prune_cli.pipeline.loading import restore
 from prune_cli.pipeline.state import Outcome, State, derive_seed
-from prune_cli.pipeline.step import CHOICES, INITIAL, Pipeline, Step, prunes, reads_weights
+from prune_cli.pipeline.step import CHOICES, INITIAL, Pipeline, Step
 from prune_cli.pipeline.store import Store, key_of
 from prune_cli.structure.lineage import Lineage
 from prune_cli.tensors import state_sha256
@@ -51,7 +51,7 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
     for step in steps:
         if state.world.any(state.interrupted()):
             raise Interrupted(f"stopped before {step.name}; the same command goes on there")
-        if prunes(step) and state.dense is None:
+        if step.stage.removes and state.dense is None:
             state = state.evolve(dense=store.root / key)
         key, meaning = key_of(key, step.name, step.content, step.code), key_of(meaning, step.name, step.content)
         saved, state = _reuse_or_compute(step, state, key, meaning, store, latency)
@@ -105,7 +105,7 @@ def _reuse_or_compute(
         log.info("%s: starting (%s)", step.name, key)
         began = time.monotonic()
         torch.manual_seed(derive_seed(state.seed, step.name, *([world.rank] if world.rank else [])))
-        before = shrinking.expanded(state) if reads_weights(step) else state
+        before = shrinking.expanded(state) if step.stage.reads_weights else state
         after = step.run(before.evolve(stage=step.name, slot=store.slot(key), outcome=Outcome()))
         seconds = time.monotonic() - began
         if world.main:

@@ -74,6 +74,7 @@ class State:
         interrupted: becomes True when the user asks to stop.
         world: this process among those that run the pipeline together.
         sparse_norms: while a pipeline is checked, the `Outcome.sparse_norms` that the stages so far will have.
+        shrunk_by: while a pipeline is checked, the stage that will have made the network smaller than the dense one.
     """
 
     model: nn.Module
@@ -92,6 +93,7 @@ class State:
     world: World = ALONE
     outcome: Outcome = Outcome()
     sparse_norms: str | None = None
+    shrunk_by: str | None = None
 
     def evolve(self, **changes: Any) -> State:
         """A copy with some fields changed."""

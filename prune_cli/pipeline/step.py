@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prune_cli.pipeline.stage import Parameters, Stage, training_of
 from prune_cli.pipeline.state import State
 from prune_cli.training.distributed import World
-
-Stage = Callable[[State], State]
+from prune_cli.training.training import Training
 
 INITIAL = "initial"
 CHOICES = ("criterion", "granularity", "schedule", "distillation")
@@ -26,13 +25,27 @@ class Step:
         content: hash of the stage's parameters, the files they name and the user code in them.
         choices: names of the options that the stage uses, for the table.
         code: our own modules that the result depends on, with their hashes; see `code.code_behind`.
+        stage: what the stage declares.
+        parameters: what the recipe bound to the parameters of the stage's function.
     """
 
     name: str
-    run: Stage
+    run: Callable[[State], State]
     content: str
     choices: Mapping[str, str | None]
     code: Mapping[str, str] = field(default_factory=dict)
+    stage: Stage = field(default_factory=Stage)
+    parameters: Parameters = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> int | None:
+        """Epochs of training at most: 0 for none, None where nobody knows beforehand."""
+        return self.stage.trains(self.parameters)
+
+    @property
+    def training(self) -> Training | None:
+        """How it trains, if it does."""
+        return training_of(self.parameters)
 
 
 @dataclass(frozen=True)
@@ -52,16 +65,6 @@ class Pipeline:
     measured: bool
     trained: bool
     code: Mapping[str, str]
-
-
-def prunes(step: Step) -> bool:
-    """Whether a stage removes something: the network that enters the first such stage is the dense one."""
-    return isinstance(step.run, functools.partial) and {"granularity", "distillation"} <= step.run.keywords.keys()
-
-
-def reads_weights(step: Step) -> bool:
-    """Whether a stage chooses among the weights or channels of layers, which must be plain ones then."""
-    return isinstance(step.run, functools.partial) and bool({"granularity", "regulariser"} & step.run.keywords.keys())
 
 
 def within(pipeline: Pipeline, interrupted: Callable[[], bool], world: World) -> Pipeline:

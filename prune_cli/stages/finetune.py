@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from prune_cli.config.nodes import Flat
 from prune_cli.distillation.distillation import Distillation
+from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import State
-from prune_cli.stages import learning
-from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
+from prune_cli.stages import learning, teaching
+from prune_cli.training.fit import Epochs
+from prune_cli.training.training import Training
 
 
+def check(state: State, *, distillation: Distillation) -> None:
+    """Refuses a teacher that will not be there."""
+    teaching.check(state, distillation)
+
+
+@Stage(check=check, trains=own_epochs)
 def finetune(
     state: State,
     *,
     epochs: Epochs,
-    batch_size: BatchSize,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
+    training: Annotated[Training, Flat()],
     distillation: Distillation,
-    label_smoothing: Smoothing = 0.0,
-    fit: Options,
 ) -> State:
     """Trains the pruned network; masked weights stay exactly zero after every step.
 
     Args:
         epochs: passes over the training split.
-        batch_size: images per step.
-        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     return learning.trained(
         state,
-        learning.objective(state, distillation, label_smoothing),
+        teaching.objective(state, distillation, training.label_smoothing),
         epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        options=fit,
+        training=training,
     )
-
-
-def check(state: State, *, distillation: Distillation, fit: Options) -> None:
-    """Refuses options that this dataset cannot serve, and a teacher that will not be there."""
-    learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli.distillation.distillation import Distillation, Outputs
-from prune_cli.errors import ConfigError, Interrupted
+from prune_cli.errors import Interrupted
 from prune_cli.masks import Masks
 from prune_cli.measure.accuracy import accuracy
-from prune_cli.pipeline.loading import load_teacher
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.training import fit as loop
-from prune_cli.training.fit import LrSchedule, OptimizerFactory, Options, Progress
+from prune_cli.training.fit import OptimizerFactory, Progress
+from prune_cli.training.training import Training
 
 log = logging.getLogger(__name__)
 
@@ -27,58 +25,13 @@ EVALUATION_BATCH = 500
 Save = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
 
 
-def check_options(state: State, options: Options) -> None:
-    """Refuses selection on a split that does not exist.
-
-    Raises:
-        ConfigError: says which key to change.
-    """
-    if options.select_on == "val" and not state.data.has_val:
-        raise ConfigError(
-            f"{state.stage}.fit.select_on=val, but dataset.val=0 leaves nothing to select on; "
-            "set dataset.val to a fraction, or select_on=last"
-        )
-    if options.early_stop is not None and not state.data.has_val and options.select_on != "test":
-        raise ConfigError(f"{state.stage}.fit.early_stop needs a validation split; set dataset.val to a fraction")
-
-
-def check_teacher(state: State, distillation: Distillation) -> None:
-    """Refuses a teacher that will not be there, cannot be read or has other classes, and a loss that lacks one.
-
-    Raises:
-        ConfigError: says which key to change.
-        CheckpointError: see `load_teacher`.
-    """
-    if distillation.teacher == "dense" and state.dense is None:
-        raise ConfigError(
-            f"{state.stage}: distillation.teacher=dense is the network before the first pruning stage, but none comes "
-            "before; give distillation.teacher=PATH"
-        )
-    if isinstance(distillation.teacher, Path) and not distillation.teacher.exists():
-        raise ConfigError(f"{state.stage}: distillation.teacher={distillation.teacher} does not exist")
-    logits = torch.zeros(1, state.data.num_classes, device=state.device)
-    taught = None if distillation.teacher is None else Outputs(logits)
-    if isinstance(distillation.teacher, Path):
-        with torch.no_grad():
-            found = load_teacher(state, distillation.teacher)(state.example_inputs())
-        if found.shape != logits.shape:
-            raise ConfigError(
-                f"{state.stage}: distillation.teacher={distillation.teacher} tells {found.shape[1]} classes apart, "
-                f"but dataset has {logits.shape[1]}"
-            )
-    distillation.loss(Outputs(logits), taught, torch.zeros(1, dtype=torch.long, device=state.device), 0.0)
-
-
 def learn(
     state: State,
     loss: loop.Loss,
     *,
     epochs: int,
     until: int | None = None,
-    batch_size: int,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
-    options: Options,
+    training: Training,
     masks: Masks | None = None,
     regularise: loop.Regularise | None = None,
     progress: Progress | None = None,
@@ -93,8 +46,8 @@ def learn(
         Interrupted: the user asked to stop; a resumable checkpoint is in the slot.
         TrainingError: the loss is not finite.
     """
-    batches = state.data.train(batch_size, state.stage_seed, shard=state.world.shard)
-    split = options.select_on if options.select_on != "last" else "val"
+    batches = state.data.train(training.batch_size, state.stage_seed, shard=state.world.shard)
+    split = training.fit.select_on if training.fit.select_on != "last" else "val"
     write = save or state.keep
 
     def evaluate(model: nn.Module) -> float:
@@ -116,12 +69,12 @@ def learn(
             state.model,
             batches,
             loss,
-            optimizer=optimizer,
-            lr_schedule=lr_schedule,
+            optimizer=training.optimizer,
+            lr_schedule=training.lr_schedule,
             epochs=epochs,
             until=until,
             masks=masks,
-            options=options,
+            options=training.fit,
             regularise=regularise,
             evaluate=evaluate if split == "test" or state.data.has_val else None,
             progress=progress,
@@ -144,10 +97,7 @@ def trained(
     loss: loop.Loss,
     *,
     epochs: int,
-    batch_size: int,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
-    options: Options,
+    training: Training,
     regularise: loop.Regularise | None = None,
 ) -> State:
     """The state after a whole training under the state's masks, gone on from where an earlier run of it stopped."""
@@ -155,16 +105,13 @@ def trained(
         state,
         loss,
         epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        options=options,
+        training=training,
         masks=state.masks,
         regularise=regularise,
-        progress=resumed(state, optimizer),
+        progress=resumed(state, training.optimizer),
     )
     return state.evolve(
-        outcome=Outcome(epochs=progress.epoch, select_on=options.select_on, history=tuple(progress.history))
+        outcome=Outcome(epochs=progress.epoch, select_on=training.fit.select_on, history=tuple(progress.history))
     )
 
 
@@ -204,24 +151,3 @@ def cross_entropy(label_smoothing: float) -> loop.Loss:
         return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
 
     return loss
-
-
-def objective(state: State, distillation: Distillation, label_smoothing: float) -> loop.Loss:
-    """The loss of a stage that may have a teacher."""
-    teacher = teacher_of(state, distillation)
-
-    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        taught = None
-        if teacher is not None:
-            with torch.no_grad():
-                taught = Outputs(teacher(images))
-        return distillation.loss(Outputs(model(images)), taught, labels, label_smoothing)
-
-    return loss
-
-
-def teacher_of(state: State, distillation: Distillation) -> nn.Module | None:
-    """The frozen teacher network on the run's device, or None."""
-    if distillation.teacher is None:
-        return None
-    return load_teacher(state, distillation.teacher)

@@ -8,6 +8,7 @@ from prune_cli.errors import ConfigError
 from prune_cli.files import artifacts
 from prune_cli.granularities.n_m import NM
 from prune_cli.permutation import network
+from prune_cli.pipeline.stage import Stage
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection.granularity import Granularity
 from prune_cli.structure.follow import analyse
@@ -17,6 +18,20 @@ TABLE = "permutation.csv"
 log = logging.getLogger(__name__)
 
 
+def check(state: State, *, granularity: Granularity, window: int, escapes: int) -> None:
+    """Refuses a network that an earlier stage will have shrunk, and impossible windows.
+
+    Raises:
+        ConfigError: says which key to change.
+    """
+    if state.shrunk_by is not None:
+        raise _shrunk(state, state.shrunk_by)
+    _patterns(state, granularity)
+    if window < 0 or escapes < 0:
+        raise ConfigError(f"{state.stage}: window={window} and escapes={escapes} must not be negative")
+
+
+@Stage(check=check, reads_weights=True, granularities=(NM,))
 def permute(state: State, *, granularity: Granularity, window: int, escapes: int) -> State:
     """Reorders coupled channels so that N:M keeps more magnitude (Pool and Yu, NeurIPS 2021).
 
@@ -28,10 +43,7 @@ def permute(state: State, *, granularity: Granularity, window: int, escapes: int
         escapes: times that each search leaves a local optimum at random.
     """
     if state.lineage:
-        raise ConfigError(
-            f"{state.stage}: the network is smaller than the dense one already, and what was kept is recorded in its "
-            "order; permute before anything is taken out"
-        )
+        raise _shrunk(state, "an earlier stage")
     patterns = _patterns(state, granularity)
     plan = analyse(state.model, state.example_inputs())
     done = network.permute(state.model, plan, patterns, window=window, escapes=escapes, seed=state.stage_seed % 2**62)
@@ -44,18 +56,13 @@ def permute(state: State, *, granularity: Granularity, window: int, escapes: int
     return state.evolve(masks=network.permute_masks(state.masks, done.moves), outcome=outcome)
 
 
+def _shrunk(state: State, earlier: str) -> ConfigError:
+    return ConfigError(
+        f"{state.stage}: {earlier} makes the network smaller than the dense one, and what it keeps is recorded in the "
+        f"order of channels; put {state.stage} before it"
+    )
+
+
 def _patterns(state: State, granularity: Granularity) -> dict[str, tuple[int, int]]:
-    if not isinstance(granularity.units, NM):
-        raise ConfigError(f"{state.stage} is about N:M pruning; choose granularity=n_m")
+    assert isinstance(granularity.units, NM), "the stage declares it"
     return granularity.units.patterns(granularity.ratios(state.model))
-
-
-def check(state: State, *, granularity: Granularity, window: int, escapes: int) -> None:
-    """Refuses other granularities and impossible windows.
-
-    Raises:
-        ConfigError: says which key to change.
-    """
-    _patterns(state, granularity)
-    if window < 0 or escapes < 0:
-        raise ConfigError(f"{state.stage}: window={window} and escapes={escapes} must not be negative")

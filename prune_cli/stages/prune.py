@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from prune_cli import masks as masking
+from prune_cli.config.nodes import Flat
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.needs import Need
 from prune_cli.criteria.statistics import Calibration, Statistics, collect
@@ -19,21 +20,22 @@ from prune_cli.files import artifacts
 from prune_cli.granularities.units import Constraint
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.stage import Parameters, Stage
 from prune_cli.pipeline.state import Outcome, State
-from prune_cli.schedules.requests import Done, Mask, Memo, Request, Split, Train
+from prune_cli.schedules.requests import Done, Mask, Memo, Split, Train
+from prune_cli.schedules.schedule import Schedule, most_epochs
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import Selection, select
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.training import admm
 from prune_cli.training import fit as loop
 from prune_cli.training.distributed import same_masks
-from prune_cli.training.fit import BatchSize, LrSchedule, OptimizerFactory, Options, Progress, Smoothing
+from prune_cli.training.fit import OptimizerFactory, Progress
 from prune_cli.training.step_sums import StepSum, summed
+from prune_cli.training.training import Training
 
 log = logging.getLogger(__name__)
-
-Schedule = Callable[[Memo | None], tuple[Memo, Request]]
 
 FIT, MASKS, Z, U = "fit/", "masks/", "z/", "u/"
 RESIDUALS = "admm.csv"
@@ -84,6 +86,42 @@ class _Course:
         )
 
 
+def check(
+    state: State,
+    *,
+    criterion: Criterion,
+    granularity: Granularity,
+    schedule: Schedule,
+    distillation: Distillation,
+    training: Training,
+) -> State:
+    """Refuses combinations that make no sense for this network, before anything is trained.
+
+    Returns:
+        the state as later stages will find it: it says whether the network is smaller then.
+
+    Raises:
+        ConfigError: says why and what would be legal.
+    """
+    teaching.check(state, distillation)
+    if training.fit.select_on != "last":
+        raise ConfigError(
+            f"{state.stage}.fit.select_on={training.fit.select_on}: masks change during pruning, so only the last epoch has "
+            "all of them; select on a split in finetune instead"
+        )
+    granularity.check(state.model, criterion, state.example_inputs())
+    requirements.check(
+        criterion, granularity, state.model, state.data, state.example_inputs(), trained=_trains_first(schedule)
+    )
+    _check_coupling(state, granularity)
+    return state.evolve(shrunk_by=state.stage) if granularity.shrink else state
+
+
+def _epochs(parameters: Parameters) -> int | None:
+    return most_epochs(parameters["schedule"])
+
+
+@Stage(check=check, trains=_epochs, removes=True, reads_weights=True)
 def prune(
     state: State,
     *,
@@ -91,11 +129,7 @@ def prune(
     granularity: Granularity,
     schedule: Schedule,
     distillation: Distillation,
-    batch_size: BatchSize,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
-    label_smoothing: Smoothing = 0.0,
-    fit: Options,
+    training: Annotated[Training, Flat()],
     calibration: Calibration,
 ) -> State:
     """Chooses what to remove, in the steps that the schedule asks for, and trains in between where it asks.
@@ -104,12 +138,11 @@ def prune(
     schedule works with masks alone, and what is saved between its requests has one shape.
 
     Args:
-        batch_size: images per step of the training that a schedule asks for.
-        label_smoothing: fraction of the target spread over all classes, in [0, 1).
+        training: how to train where the schedule asks for it.
         calibration: images for criteria that need them.
     """
     whole, constraints = granularity.split(state.model)  # of the network as it came, also when going on
-    course = _resumed(state, optimizer)
+    course = _resumed(state, training.optimizer)
     loss = None
     while True:
         memo, request = schedule(course.memo)
@@ -126,11 +159,11 @@ def prune(
         elif isinstance(request, Train):
             if request.enforce and course.masks:
                 course.masks = _completed(state, granularity, course.masks)
-            loss = loss or learning.objective(state, distillation, label_smoothing)
+            loss = loss or teaching.objective(state, distillation, training.label_smoothing)
             sums = {
                 need: list(granularity.ratios(state.model)) for need in criterion.entries if need.source == "training"
             }
-            _train(state, course, request, loss, sums, batch_size, optimizer, lr_schedule, fit)
+            _train(state, course, request, loss, sums, training)
         course.memo = memo
         course.keep(state)
     if course.masks:
@@ -138,7 +171,7 @@ def prune(
     facts = course.facts
     outcome = Outcome(
         epochs=course.progress.epoch if course.progress else 0,
-        select_on=fit.select_on if course.progress else None,
+        select_on=training.fit.select_on if course.progress else None,
         ratio_requested=facts.get("requested"),
         ratio_prunable=facts["removed"] / max(facts["units"], 1) if facts else None,
         ratio_channels=facts["channels_removed"] / facts["channels"] if facts.get("channels") else None,
@@ -155,34 +188,6 @@ def _completed(state: State, granularity: Granularity, masks: Mapping[str, Tenso
     completed = granularity.complete(state.model, state.example_inputs(), masks)
     masking.apply(state.model, completed)
     return completed
-
-
-def check(
-    state: State,
-    *,
-    criterion: Criterion,
-    granularity: Granularity,
-    schedule: Schedule,
-    distillation: Distillation,
-    fit: Options,
-) -> None:
-    """Refuses combinations that make no sense for this network, before anything is trained.
-
-    Raises:
-        ConfigError: says why and what would be legal.
-    """
-    learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
-    if fit.select_on != "last":
-        raise ConfigError(
-            f"{state.stage}.fit.select_on={fit.select_on}: masks change during pruning, so only the last epoch has "
-            "all of them; select on a split in finetune instead"
-        )
-    granularity.check(state.model, criterion, state.example_inputs())
-    requirements.check(
-        criterion, granularity, state.model, state.data, state.example_inputs(), trained=_trains_first(schedule)
-    )
-    _check_coupling(state, granularity)
 
 
 def _trains_first(schedule: Schedule) -> bool:
@@ -266,7 +271,12 @@ def _split(
         units = replace(granularity, units=constraint.units)
         statistics = _statistics(state, course, scored, units, calibration)
 
-        def project(values: admm.Weights, scored=scored, units=units, statistics=statistics) -> Mapping[str, Tensor]:
+        def project(
+            values: admm.Weights,
+            scored: Criterion = scored,
+            units: Granularity = units,
+            statistics: Statistics = statistics,
+        ) -> Mapping[str, Tensor]:
             with admm.substituted(state.model, values):
                 return masking.joined(state.masks, _select(state, units, scored, statistics, state.masks).masks)
 
@@ -322,10 +332,7 @@ def _train(
     request: Train,
     loss: loop.Loss,
     sums: Mapping[Need, Sequence[str]],
-    batch_size: BatchSize,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
-    options: Options,
+    training: Training,
 ) -> None:
     def save(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         state.keep(course.tensors(tensors), course.numbers(numbers, trained=True))
@@ -351,10 +358,7 @@ def _train(
         loss,
         epochs=request.of,
         until=request.until,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        options=options,
+        training=training,
         masks=course.masks if request.enforce else state.masks,
         regularise=regularise if hooks else None,
         progress=progress,

@@ -22,6 +22,7 @@ from prune_cli.errors import ConfigError, Interrupted
 from prune_cli.files import artifacts
 from prune_cli.granularities.units import Context, Group, Units
 from prune_cli.measure import accuracy
+from prune_cli.pipeline.stage import Stage
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
@@ -52,6 +53,35 @@ class Candidate:
     masks: Mapping[str, Tensor]
 
 
+def check(
+    state: State,
+    *,
+    criterion: Criterion,
+    granularity: Granularity,
+    compare: Mapping[str, Criterion],
+    ratios: Grid,
+    split: str,
+    plot: bool,
+) -> None:
+    """Refuses criteria that the units cannot use, a split that is not there and a plot that cannot be drawn.
+
+    Raises:
+        ConfigError: says why and what would be legal.
+    """
+    if not state.data.sizes.get(split):
+        raise ConfigError(
+            f"{state.stage}.split={split}, but dataset.val=0 leaves no such images; set dataset.val to a fraction, or "
+            f"{state.stage}.split=test"
+        )
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"{state.stage}.plot=true needs matplotlib: pip install 'prune-cli[plot]', or plot=false")
+    for one in _named(criterion, compare).values():
+        request = _everywhere(granularity, state.model, min(ratios))
+        request.check(state.model, one)
+        requirements.check(one, request, state.model, state.data, state.example_inputs())
+
+
+@Stage(check=check, reads_weights=True)
 def sensitivity(
     state: State,
     *,
@@ -107,34 +137,6 @@ def sensitivity(
     if plot:
         files[PLOT] = curves(points, f"{state.architecture.name}, {state.data.name} {split}")
     return state.evolve(outcome=Outcome(files=files))
-
-
-def check(
-    state: State,
-    *,
-    criterion: Criterion,
-    granularity: Granularity,
-    compare: Mapping[str, Criterion],
-    ratios: Grid,
-    split: str,
-    plot: bool,
-) -> None:
-    """Refuses criteria that the units cannot use, a split that is not there and a plot that cannot be drawn.
-
-    Raises:
-        ConfigError: says why and what would be legal.
-    """
-    if not state.data.sizes.get(split):
-        raise ConfigError(
-            f"{state.stage}.split={split}, but dataset.val=0 leaves no such images; set dataset.val to a fraction, or "
-            f"{state.stage}.split=test"
-        )
-    if plot and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"{state.stage}.plot=true needs matplotlib: pip install 'prune-cli[plot]', or plot=false")
-    for one in _named(criterion, compare).values():
-        request = _everywhere(granularity, state.model, min(ratios))
-        request.check(state.model, one)
-        requirements.check(one, request, state.model, state.data, state.example_inputs())
 
 
 def _named(criterion: Criterion, compare: Mapping[str, Criterion]) -> dict[str, Criterion]:

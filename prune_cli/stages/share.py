@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +13,25 @@ from prune_cli.compression import kmeans
 from prune_cli.compression.codec import Sizes
 from prune_cli.compression.container import CONV, LINEAR, Bits, Width, clusters, compress
 from prune_cli.compression.kmeans import Clustered
+from prune_cli.config.nodes import Flat
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.files import artifacts, pruned
 from prune_cli.files.pruned import Record
 from prune_cli.layers.stripe_conv import StripeConv2d
 from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection import targets
 from prune_cli.selection.targets import LayerSelector
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.structure import prunable
 from prune_cli.structure.lineage import Lineage
 from prune_cli.training import weight_sharing
-from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
+from prune_cli.training.fit import Epochs
+from prune_cli.training.training import Training
 
 SHARED = (*prunable.PRUNABLE, StripeConv2d)  # layers whose weights may share values
-
-FINAL = True  # a later stage would give each weight its own value again
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,38 @@ class BitsRule(LayerSelector):
     gap: Width | None = None
 
 
+def check(
+    state: State,
+    *,
+    conv: Bits = CONV,
+    linear: Bits = LINEAR,
+    rules: tuple[BitsRule, ...] = (),
+    distillation: Distillation,
+) -> None:
+    """Refuses rules that leave nothing or match nothing, and weights that two layers have in common.
+
+    Raises:
+        ConfigError: says which key to change.
+    """
+    teaching.check(state, distillation)
+    bits = widths(state.model, conv, linear, rules, state.stage)
+    if not bits:
+        raise ConfigError(f"{state.stage}: no layer is left to share weights in; exclude fewer in {state.stage}.rules")
+    names: dict[int, str] = {}
+    for name, parameter in state.model.named_parameters(remove_duplicate=False):
+        other = names.setdefault(id(parameter), name)
+        if other != name and {other, name} & set(bits):
+            raise ConfigError(
+                f"{state.stage}: {other} and {name} are one tensor; exclude both layers: "
+                f"{state.stage}.rules=[{{names: [...], exclude: true}}]"
+            )
+
+
+@Stage(
+    check=check,
+    trains=own_epochs,
+    final="would lose the shared weights; put {stage} after it ({stage} fine-tunes the shared values itself: {stage}.epochs)",
+)
 def share(
     state: State,
     *,
@@ -54,12 +88,8 @@ def share(
     linear: Bits = LINEAR,
     rules: tuple[BitsRule, ...] = (),
     epochs: Epochs,
-    batch_size: BatchSize,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
+    training: Annotated[Training, Flat()],
     distillation: Distillation,
-    label_smoothing: Smoothing = 0.0,
-    fit: Options,
 ) -> State:
     """Lets the weights of each layer take at most 2 ** bits values, trains those, and leaves a compressed file.
 
@@ -71,8 +101,6 @@ def share(
         linear: of linear layers, 5 bits in the paper.
         rules: other widths, or exclusion, for some layers; the last match wins.
         epochs: passes over the training split to fine-tune centroids; 0 leaves those of k-means.
-        batch_size: images per step.
-        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     bits = widths(state.model, conv, linear, rules, state.stage)
     shared = _clustered(state, bits)
@@ -82,20 +110,17 @@ def share(
     empty = {name: torch.zeros((), dtype=torch.bool) for name in bits if name not in shared}
     progress = learning.learn(
         state,
-        learning.objective(state, distillation, label_smoothing),
+        teaching.objective(state, distillation, training.label_smoothing),
         epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        options=fit,
+        training=training,
         masks=masks | empty,
-        progress=learning.resumed(state, optimizer),
+        progress=learning.resumed(state, training.optimizer),
     )
     weight_sharing.detach(state.model, shared)
     content, coded = _compressed(state, bits)
     outcome = Outcome(
         epochs=progress.epoch,
-        select_on=fit.select_on,
+        select_on=training.fit.select_on,
         history=tuple(progress.history),
         files={artifacts.COMPRESSED: content},
         coded=coded,
@@ -155,32 +180,3 @@ def _report(state: State, coded: dict[str, Sizes], file: int) -> None:
         "%s: bytes of %d layers: dense %d, pruned %d, shared %d, Huffman %d (entropy %d); %s has %d with the rest",
         state.stage, len(coded), *sums.values(), artifacts.COMPRESSED, file,
     )  # fmt: skip
-
-
-def check(
-    state: State,
-    *,
-    conv: Bits = CONV,
-    linear: Bits = LINEAR,
-    rules: tuple[BitsRule, ...] = (),
-    distillation: Distillation,
-    fit: Options,
-) -> None:
-    """Refuses rules that leave nothing or match nothing, and weights that two layers have in common.
-
-    Raises:
-        ConfigError: says which key to change.
-    """
-    learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
-    bits = widths(state.model, conv, linear, rules, state.stage)
-    if not bits:
-        raise ConfigError(f"{state.stage}: no layer is left to share weights in; exclude fewer in {state.stage}.rules")
-    names: dict[int, str] = {}
-    for name, parameter in state.model.named_parameters(remove_duplicate=False):
-        other = names.setdefault(id(parameter), name)
-        if other != name and {other, name} & set(bits):
-            raise ConfigError(
-                f"{state.stage}: {other} and {name} are one tensor; exclude both layers: "
-                f"{state.stage}.rules=[{{names: [...], exclude: true}}]"
-            )

@@ -4,28 +4,65 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_cli import masks as masking
+from prune_cli.config.nodes import Flat
 from prune_cli.criteria import sites
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.granularities.stripe import Stripe
 from prune_cli.granularities.units import Context
 from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import smallest
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.training import filter_skeleton as method
-from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
+from prune_cli.training.fit import Epochs
+from prune_cli.training.training import Training
 
 log = logging.getLogger(__name__)
 
 
+def check(
+    state: State,
+    *,
+    granularity: Granularity,
+    alpha: float,
+    threshold: float,
+    norm_scale: float | None = None,
+    training: Training,
+    distillation: Distillation,
+) -> State:
+    """Refuses impossible strengths and selection of an epoch that has other masks than the last.
+
+    Returns:
+        the state as later stages will find it: it says whether the network is smaller then.
+
+    Raises:
+        ConfigError: says which key to change.
+    """
+    teaching.check(state, distillation)
+    _least(state, granularity)
+    if norm_scale is not None and norm_scale <= 0:
+        raise ConfigError(f"{state.stage}.norm_scale={norm_scale:g} must be above 0, as 0.5, or null")
+    if alpha < 0 or not 0 <= threshold < 1:
+        raise ConfigError(
+            f"{state.stage}: alpha={alpha:g} must not be negative and threshold={threshold:g} must be in [0, 1), "
+            "because strengths begin at 1"
+        )
+    if training.fit.select_on != "last" or training.fit.ema is not None:
+        raise ConfigError(f"{state.stage}.fit: stripes die until the last epoch; choose select_on=last and ema=null")
+    return state.evolve(shrunk_by=state.stage) if granularity.shrink else state
+
+
+@Stage(check=check, trains=own_epochs, removes=True, reads_weights=True, granularities=(Stripe,))
 def skeleton(
     state: State,
     *,
@@ -34,12 +71,8 @@ def skeleton(
     threshold: float,
     norm_scale: float | None = None,
     epochs: Epochs,
-    batch_size: BatchSize,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
+    training: Annotated[Training, Flat()],
     distillation: Distillation,
-    label_smoothing: Smoothing = 0.0,
-    fit: Options,
 ) -> State:
     """Trains weights and stripes together; what dies on the way is the mask. No fine-tuning is needed afterwards.
 
@@ -54,8 +87,6 @@ def skeleton(
         norm_scale: what the scales of all batch norms begin with, 0.5 in the released code, for training from scratch;
             None leaves them as they are.
         epochs: passes over the training split.
-        batch_size: images per step.
-        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     least = _least(state, granularity)
     names = list(least)
@@ -67,14 +98,11 @@ def skeleton(
     method.attach(state.model, names)
     progress = learning.learn(
         state,
-        learning.objective(state, distillation, label_smoothing),
+        teaching.objective(state, distillation, training.label_smoothing),
         epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        options=fit,
+        training=training,
         regularise=method.Shrinkage(state.model, names, alpha, threshold, constants, least),
-        progress=learning.resumed(state, optimizer),
+        progress=learning.resumed(state, training.optimizer),
     )
     masks = method.detach(state.model, names, threshold, constants, least)
     units = sum(masks[name].numel() for name in names)
@@ -82,7 +110,7 @@ def skeleton(
     log.info("%s: removed %d of %d stripes", state.stage, removed, units)
     outcome = Outcome(
         epochs=progress.epoch,
-        select_on=fit.select_on,
+        select_on=training.fit.select_on,
         ratio_prunable=removed / max(units, 1),
         history=tuple(progress.history),
     )
@@ -94,8 +122,6 @@ def skeleton(
 
 def _least(state: State, granularity: Granularity) -> dict[str, int]:
     """The weights that get a skeleton, and how many of their stripes always stay."""
-    if not isinstance(granularity.units, Stripe):
-        raise ConfigError(f"{state.stage} learns stripes; choose granularity=stripe")
     asked = granularity.ratios(state.model)
     blank = {name: torch.zeros(()).expand(state.model.get_parameter(name).shape) for name in asked}
     groups = granularity.units.groups(Context(state.model, state.example_inputs(), blank, asked, {}))
@@ -115,32 +141,3 @@ def _constants(state: State, names: Iterable[str]) -> dict[str, list[str]]:
         ]
         for name in names
     }
-
-
-def check(
-    state: State,
-    *,
-    granularity: Granularity,
-    alpha: float,
-    threshold: float,
-    norm_scale: float | None = None,
-    distillation: Distillation,
-    fit: Options,
-) -> None:
-    """Refuses other granularities, impossible strengths and selection of an epoch that has other masks than the last.
-
-    Raises:
-        ConfigError: says which key to change.
-    """
-    learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
-    _least(state, granularity)
-    if norm_scale is not None and norm_scale <= 0:
-        raise ConfigError(f"{state.stage}.norm_scale={norm_scale:g} must be above 0, as 0.5, or null")
-    if alpha < 0 or not 0 <= threshold < 1:
-        raise ConfigError(
-            f"{state.stage}: alpha={alpha:g} must not be negative and threshold={threshold:g} must be in [0, 1), "
-            "because strengths begin at 1"
-        )
-    if fit.select_on != "last" or fit.ema is not None:
-        raise ConfigError(f"{state.stage}.fit: stripes die until the last epoch; choose select_on=last and ema=null")

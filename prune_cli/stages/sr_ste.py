@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import logging
+from typing import Annotated
 
+from prune_cli.config.nodes import Flat
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.granularities.n_m import NM
+from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection.granularity import Granularity
-from prune_cli.stages import learning
+from prune_cli.stages import learning, teaching
 from prune_cli.training import sr_ste as method
-from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
+from prune_cli.training.fit import Epochs
+from prune_cli.training.training import Training
 
 log = logging.getLogger(__name__)
 
 
+def check(state: State, *, granularity: Granularity, decay: float, distillation: Distillation) -> None:
+    """Refuses networks without N:M layers and a decay that would not decay.
+
+    Raises:
+        ConfigError: says which key to change.
+    """
+    teaching.check(state, distillation)
+    _patterns(state, granularity)
+    if decay < 0:
+        raise ConfigError(f"{state.stage}.decay={decay:g} would make masked weights grow; give 0 or more, as 2e-4")
+
+
+@Stage(check=check, trains=own_epochs, removes=True, reads_weights=True, granularities=(NM,))
 def sr_ste(
     state: State,
     *,
     granularity: Granularity,
     decay: float,
     epochs: Epochs,
-    batch_size: BatchSize,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
+    training: Annotated[Training, Flat()],
     distillation: Distillation,
-    label_smoothing: Smoothing = 0.0,
-    fit: Options,
 ) -> State:
     """Trains the N:M projection of the weights, then fixes it.
 
@@ -37,27 +50,22 @@ def sr_ste(
         granularity: n_m; its ratios or patterns say which weights are projected how.
         decay: pull of masked weights towards zero, 2e-4 in the paper.
         epochs: passes over the training split.
-        batch_size: images per step.
-        label_smoothing: fraction of the target spread over all classes, in [0, 1).
     """
     patterns = _patterns(state, granularity)
     method.attach(state.model, patterns, decay)
     progress = learning.learn(
         state,
-        learning.objective(state, distillation, label_smoothing),
+        teaching.objective(state, distillation, training.label_smoothing),
         epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        options=fit,
-        progress=learning.resumed(state, optimizer),
+        training=training,
+        progress=learning.resumed(state, training.optimizer),
     )
     masks = method.detach(state.model, patterns)
     units = sum(mask.numel() for mask in masks.values())
     removed = units - sum(int(mask.sum()) for mask in masks.values())
     outcome = Outcome(
         epochs=progress.epoch,
-        select_on=fit.select_on,
+        select_on=training.fit.select_on,
         ratio_requested=sum((1 - n / m) * masks[name].numel() for name, (m, n) in patterns.items()) / max(units, 1),
         ratio_prunable=removed / max(units, 1),
         history=tuple(progress.history),
@@ -68,24 +76,10 @@ def sr_ste(
 
 
 def _patterns(state: State, granularity: Granularity) -> dict[str, tuple[int, int]]:
-    if not isinstance(granularity.units, NM):
-        raise ConfigError(f"{state.stage} trains N:M weights; choose granularity=n_m")
+    assert isinstance(granularity.units, NM), "the stage declares it"
     patterns = granularity.units.patterns(granularity.ratios(state.model))
     if not patterns:
         raise ConfigError(
             f"{state.stage}: no layer is asked for N:M; give granularity.ratio or patterns in a ratio file"
         )
     return patterns
-
-
-def check(state: State, *, granularity: Granularity, decay: float, distillation: Distillation, fit: Options) -> None:
-    """Refuses other granularities, and options that this dataset cannot serve.
-
-    Raises:
-        ConfigError: says which key to change.
-    """
-    learning.check_options(state, fit)
-    learning.check_teacher(state, distillation)
-    _patterns(state, granularity)
-    if decay < 0:
-        raise ConfigError(f"{state.stage}.decay={decay:g} would make masked weights grow; give 0 or more, as 2e-4")

@@ -6,19 +6,21 @@ import inspect
 import logging
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from prune_cli.config.locations import find_file
-from prune_cli.config.nodes import locate
+from prune_cli.config.nodes import Flat, locate
 from prune_cli.errors import ConfigError
 from prune_cli.files import pruned
 from prune_cli.measure import cost
 from prune_cli.pipeline.loading import build_architecture
+from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Architecture, State
 from prune_cli.stages import learning
-from prune_cli.training.fit import BatchSize, Epochs, LrSchedule, OptimizerFactory, Options, Smoothing
+from prune_cli.training.fit import Epochs
+from prune_cli.training.training import Training
 
 log = logging.getLogger(__name__)
 
@@ -26,24 +28,36 @@ CFG = "cfg:"
 MOST = 2  # epochs of an equal-compute training, relative to the dense network's (arXiv:1810.05270, section 3)
 
 
+def check(
+    state: State, *, init: str | None = None, init_budget: Literal["epochs", "compute"] = "epochs"
+) -> State | None:
+    """Refuses a cfg that does not fit the network.
+
+    Returns:
+        with `init`, the state as later stages will find it: of a network that nothing was taken out of.
+    """
+    if init is not None:
+        with torch.device("meta"):
+            architecture(state, init).build()
+        return state.evolve(shrunk_by=None)
+    if init_budget != "epochs":
+        raise ConfigError(f"{state.stage}.init_budget=compute is for {state.stage}.init=cfg:PATH, which is not given")
+    return None
+
+
+@Stage(check=check, trains=own_epochs)
 def train(
     state: State,
     *,
     epochs: Epochs,
-    batch_size: BatchSize,
-    optimizer: OptimizerFactory,
-    lr_schedule: LrSchedule,
-    label_smoothing: Smoothing = 0.0,
+    training: Annotated[Training, Flat()],
     init: str | None = None,
     init_budget: Literal["epochs", "compute"] = "epochs",
-    fit: Options,
 ) -> State:
     """Minimises cross entropy on the training split.
 
     Args:
         epochs: passes over the training split.
-        batch_size: images per step.
-        label_smoothing: fraction of the target spread over all classes, in [0, 1).
         init: None trains the network as it is; `cfg:PATH` trains one with the widths of that file and fresh weights
             (from scratch in Liu et al., arXiv:1810.05270).
         init_budget: with `init`: `epochs` trains as long as told (Scratch-E), `compute` as many more epochs as the
@@ -55,25 +69,10 @@ def train(
         epochs = _epochs(epochs, dense, state, init_budget)
     return learning.trained(
         state,
-        learning.cross_entropy(label_smoothing),
+        learning.cross_entropy(training.label_smoothing),
         epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        options=fit,
+        training=training,
     )
-
-
-def check(
-    state: State, *, fit: Options, init: str | None = None, init_budget: Literal["epochs", "compute"] = "epochs"
-) -> None:
-    """Refuses options that this dataset cannot serve, and a cfg that does not fit the network."""
-    learning.check_options(state, fit)
-    if init is not None:
-        with torch.device("meta"):
-            architecture(state, init).build()
-    elif init_budget != "epochs":
-        raise ConfigError(f"{state.stage}.init_budget=compute is for {state.stage}.init=cfg:PATH, which is not given")
 
 
 def architecture(state: State, init: str) -> Architecture:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
@@ -31,7 +31,11 @@ Smoothing = Annotated[float, Field(ge=0, lt=1)]
 """Share of the target spread over all classes."""
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model, images, labels) -> scalar to minimise."""
+"""(model, images, labels) -> scalar to minimise.
+
+A loss that is a module has parameters of its own: they are trained along and kept in checkpoints, but neither averaged
+over time nor selected, since no result has them. One that is a context manager is entered while a network trains.
+"""
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 LrSchedule = Callable[[float, int], float]
@@ -89,11 +93,18 @@ DEFAULTS = Options()
 
 @dataclass
 class Progress:
-    """Everything with state in an unfinished training, besides the model's own weights."""
+    """Everything with state in an unfinished training, besides the model's own weights.
+
+    Attributes:
+        loss: the loss, where it has parameters of its own.
+        waiting: those parameters and their moments as a checkpoint has them, until `fit` is given the loss.
+    """
 
     epoch: int = 0
     step: int = 0
     optimizer: torch.optim.Optimizer | None = None
+    loss: nn.Module | None = None
+    waiting: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] | None = None
@@ -108,11 +119,15 @@ class Progress:
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """All tensors of a checkpoint inside a stage: weights, moments, averages and the state of the generator."""
         named = {f"model/{name}": value for name, value in model.state_dict().items()}
-        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: f"optimizer/{name}" for name, parameter in model.named_parameters()}
+        if self.loss is not None:
+            named |= {f"loss/{name}": value for name, value in self.loss.state_dict().items()}
+            names |= {parameter: f"loss_optimizer/{name}" for name, parameter in self.loss.named_parameters()}
+        named |= self.waiting
         for parameter, state in self.optimizer.state.items() if self.optimizer else ():
             for key, value in state.items():
                 if torch.is_tensor(value):
-                    named[f"optimizer/{names[parameter]}/{key}"] = value
+                    named[f"{names[parameter]}/{key}"] = value
         for prefix, values in (("average", self.average), ("best", self.best), ("memory", self.memory)):
             named |= {f"{prefix}/{name}": value for name, value in (values or {}).items()}
         named["rng"] = torch.get_rng_state()
@@ -123,30 +138,71 @@ class Progress:
         keys = ["epoch", "step", "best_score", "best_epoch", "stale", "loss_sum", "seen", "done", "history"]
         return {key: getattr(self, key) for key in keys} | {"best_score": repr(self.best_score)}
 
+    def train_along(self, loss: Loss) -> None:
+        """Gives the optimizer the loss's own parameters, as a checkpoint left them; those of another loss leave it."""
+        own = loss if isinstance(loss, nn.Module) and trainable(loss) else None
+        optimizer = self.optimizer
+        assert optimizer is not None
+        if own is self.loss:
+            return
+        for parameter in trainable(self.loss) if self.loss is not None else ():
+            optimizer.state.pop(parameter, None)
+            for group in optimizer.param_groups:
+                group["params"] = [other for other in group["params"] if other is not parameter]
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        self.loss = own
+        if own is None:
+            return
+        optimizer.add_param_group({"params": trainable(own)})
+        if self.waiting:
+            found = _grouped(self.waiting)
+            own.load_state_dict(found["loss"])
+            _load_moments(optimizer, own, found.get("loss_optimizer", {}))
+            self.waiting = {}
+
 
 def restore_progress(
     model: nn.Module, factory: OptimizerFactory, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> Progress:
     """The inverse of `Progress.tensors` and `Progress.numbers`; loads the weights into `model`."""
-    groups: dict[str, dict[str, Tensor]] = {key: {} for key in ("model", "optimizer", "average", "best", "memory")}
-    for name, value in tensors.items():
-        if name != "rng":
-            group, rest = name.split("/", 1)
-            groups[group][rest] = value
+    groups = _grouped(tensors)
     model.load_state_dict(groups["model"])
-    parameters = dict(model.named_parameters())
     optimizer = factory(trainable(model))
-    for name, value in groups["optimizer"].items():
+    _load_moments(optimizer, model, groups.get("optimizer", {}))
+    torch.set_rng_state(tensors["rng"].cpu())
+    device = next(model.parameters()).device
+    kept = {
+        key: {name: value.to(device) for name, value in groups.get(key, {}).items()} or None
+        for key in ("average", "best")
+    }
+    values = dict(numbers) | {"best_score": float(numbers["best_score"])}
+    return Progress(
+        optimizer=optimizer,
+        waiting={name: value for name, value in tensors.items() if name.startswith(("loss/", "loss_optimizer/"))},
+        average=kept["average"],
+        best=kept["best"],
+        memory=groups.get("memory", {}),
+        **values,
+    )
+
+
+def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of a checkpoint by what stands before the first slash of their names."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        group, _, rest = name.partition("/")
+        groups.setdefault(group, {})[rest] = value
+    return groups
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, module: nn.Module, moments: Mapping[str, Tensor]) -> None:
+    parameters = dict(module.named_parameters())
+    for name, value in moments.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
         # Step counters stay on the CPU, as the optimizers themselves keep them.
         moved = value if value.dim() == 0 else torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][key] = moved
-    torch.set_rng_state(tensors["rng"].cpu())
-    device = next(iter(parameters.values())).device
-    kept = {key: {name: value.to(device) for name, value in groups[key].items()} or None for key in ("average", "best")}
-    values = dict(numbers) | {"best_score": float(numbers["best_score"])}
-    return Progress(optimizer=optimizer, average=kept["average"], best=kept["best"], memory=groups["memory"], **values)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -203,9 +259,11 @@ def fit(
         model.to(memory_format=torch.channels_last)
     progress = progress or Progress()
     progress.optimizer = progress.optimizer or optimizer(trainable(model))
+    progress.train_along(loss)
     if options.ema and progress.average is None:
         progress.average = _floats(model)
-    with parallel(model, world, sync_norms=options.sync_norms) as forward:
+    entered = loss if isinstance(loss, AbstractContextManager) else nullcontext()
+    with entered, parallel(model, world, sync_norms=options.sync_norms) as forward:
         run = _Step(model, forward, batches, loss, progress, options, masks or {}, regularise, world)
         if not _epochs(run, lr_schedule, epochs, until, evaluate, save, stop, tick, epoch_done):
             return progress
@@ -286,7 +344,8 @@ class _Step:
         self.masks = masks
         self.forward: Any = torch.compile(forward) if options.compile else forward
         self.device = next(iter(model.parameters())).device
-        self.parameters = trainable(model)
+        self.own = trainable(progress.loss) if progress.loss is not None else []  # outside of what averages gradients
+        self.parameters = trainable(model) + self.own
 
     def __call__(self, images: Tensor, labels: Tensor, last: bool) -> bool:
         """Leaves the loss in `value`; returns whether the optimizer made a step."""
@@ -300,6 +359,10 @@ class _Step:
         self.value = value.detach()
         if not last and (self.progress.step + 1) % self.options.accumulate:
             return False
+        for parameter in self.own if self.world.size > 1 else ():
+            if parameter.grad is not None:
+                self.world.add_up(parameter.grad)
+                parameter.grad.div_(self.world.size)
         if self.regularise:
             done = self.progress.epoch * self.steps + self.progress.step // self.options.accumulate
             self.regularise(done, self.progress.memory)
