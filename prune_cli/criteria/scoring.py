@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion, LayerView, Norm
-from prune_cli.errors import ConfigError
+from prune_cli.errors import ConfigError, first_line
 from prune_cli.structure import prunable
 
 
@@ -70,7 +70,7 @@ def _scored(criterion: Criterion, view: LayerView) -> Tensor:
     except Exception as error:
         if _is_ours(criterion):
             raise
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise ConfigError(f"criterion: scoring {view.name} raised {type(error).__name__}: {reason}") from error
     if not isinstance(score, Tensor):
         raise ConfigError(f"criterion: scores of {view.name} are a {type(score).__name__}, not a tensor")

@@ -20,7 +20,6 @@ from prune_cli.masks import Masks
 from prune_cli.selection import budget as budgets
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import Ranking, even, rank
-from prune_cli.selection.ranking import normalized as normalized
 from prune_cli.structure import slicing
 from prune_cli.structure.keep import spared
 from prune_cli.structure.plan import Plan
