@@ -49,12 +49,43 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
     if config["dataset"].get("fake") and config["model"].get("pretrained"):
         log.info("dataset.fake=true: no pretrained weights are fetched for made-up images")
         config = config | {"model": config["model"] | {"pretrained": False}}
+    steps = resolve_steps(order, config, choices)
+    state = first_state(config, choices, console, store)
+    check_steps(steps, state)
+    model, data = config["model"], state.data
+    parts = (content_key(model), state_sha256(state.model.state_dict()), data.fingerprint, state.seed)
+    root_key = key_of("", *parts, content_key(_without_place(config["dataset"])), config.get("limit_batches"))
+    labels = {"seed": state.seed} | {group: choices.get(group) for group in ("recipe", "model", "dataset")}
+    trained = bool(model.get("weights")) or bool(model.get("pretrained"))
+    code = code_behind([model, config["dataset"]])
+    return Pipeline(state, steps, root_key, labels, trained or steps[0].stage.removes, trained, code)
+
+
+def resolve_steps(order: Sequence[str], config: Mapping[str, Any], choices: Mapping[str, str]) -> tuple[Step, ...]:
+    """The stages as functions of a state, their keys and types checked.
+
+    Args:
+        order: names of stage nodes of the config; a name may repeat.
+        config: the stages' nodes, with those of the network and the data.
+
+    Raises:
+        ConfigError: an unknown key or an ill-typed value.
+    """
     seen: Counter[str] = Counter()
     origin = config["model"], config["dataset"]
     steps = []
     for stage in order:
         seen[stage] += 1
         steps.append(_step(stage, seen[stage], config[stage], origin, choices))
+    return tuple(steps)
+
+
+def first_state(config: Mapping[str, Any], choices: Mapping[str, str], console: Console, store: Store) -> State:
+    """The data and the network that the first stage gets, checked to fit each other.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what is wrong with them.
+    """
     device = local_device(choose_device(config.get("device", "auto")))
     _numerics(config)
     data = build_data(config, device)
@@ -72,19 +103,20 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
         slot=store.slot("unused"),
     )
     _check_outputs(state)
+    return state
+
+
+def check_steps(steps: Sequence[Step], state: State) -> None:
+    """Asks every stage, in order, whether it can do its part; nothing is trained, and the network stays as it is.
+
+    Raises:
+        ConfigError, CheckpointError: why not, and what would be legal.
+    """
     _check_order(steps)
-    checked = state
     for step in steps:
         if step.stage.removes:
-            checked = checked.evolve(dense=store.root)  # from here on there is a dense network to learn from
-        checked = check_stage(checked.evolve(stage=step.name), step.stage, step.parameters)
-    parts = (content_key(config["model"]), state_sha256(model.state_dict()), data.fingerprint, state.seed)
-    root_key = key_of("", *parts, content_key(_without_place(config["dataset"])), config.get("limit_batches"))
-    labels = {"seed": state.seed} | {group: choices.get(group) for group in ("recipe", "model", "dataset")}
-    trained = bool(weights) or bool(config["model"].get("pretrained"))
-    return Pipeline(
-        state, tuple(steps), root_key, labels, trained or steps[0].stage.removes, trained, code_behind(origin)
-    )
+            state = state.evolve(dense=state.slot.folder.parent)  # from here on there is a dense network to learn from
+        state = check_stage(state.evolve(stage=step.name), step.stage, step.parameters)
 
 
 def _step(

@@ -57,6 +57,11 @@ def _file(module: str) -> Path:
     return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
 
+@functools.cache
+def _is_module(name: str) -> bool:
+    return _file(name).is_file()
+
+
 def _targets(node: Any) -> Iterator[str]:
     """Modules of ours that a node names."""
     if isinstance(node, Mapping):
@@ -75,7 +80,7 @@ def _reachable(modules: Iterable[str]) -> set[str]:
     waiting = list(modules)
     while waiting:
         module = waiting.pop()
-        if module in found or module in SAYS or module.startswith(CARRIES) or not _file(module).is_file():
+        if module in found or module in SAYS or module.startswith(CARRIES) or not _is_module(module):
             continue
         found.add(module)
         waiting += _imports(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.statistics import Calibration
 from prune_cli.errors import ConfigError, Interrupted
 from prune_cli.files import artifacts
+from prune_cli.files.lines import Lines
 from prune_cli.granularities.units import Context, Group, Units
 from prune_cli.measure import accuracy
 from prune_cli.pipeline.stage import Stage
@@ -40,6 +42,7 @@ Grid = Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
 
 TABLE = "sensitivity.csv"
 PLOT = "sensitivity.svg"
+POINTS = "points"  # beside the checkpoints of unfinished stages
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,10 @@ def check(
         requirements.check(one, request, state.model, state.data, state.example_inputs())
 
 
+WHOLE = Candidate("", (), 0.0, 0.0, {})
+"""The network as it came."""
+
+
 @Stage(check=check, reads_weights=True)
 def sensitivity(
     state: State,
@@ -98,7 +105,8 @@ def sensitivity(
     section 3.2), and leaves a table, a plot and per criterion a ratio file.
 
     The ratio of a layer in the file is the largest of the grid that is reached from 0 upwards while the accuracy
-    lost stays below `drop` (classifier-pruner). A stopped stage goes on at the layer and ratio where it was.
+    lost stays below `drop` (classifier-pruner). Several processes share the points out; each is written down as soon
+    as it is there, so that a stopped stage goes on at the layer and ratio where it was.
 
     Args:
         compare: further criteria by name.
@@ -108,29 +116,33 @@ def sensitivity(
         drop: percentage points.
         plot: whether to draw the curves.
     """
-    model = state.model.eval()
-    named = _named(criterion, compare)
-    found = state.slot.load()
-    points = [Point(**row) for row in found[1]["points"]] if found else []
+    state.model.eval()
+    named, grid = _named(criterion, compare), sorted(set(ratios))
+    found = Lines(state.slot.folder / POINTS)
+    points = [Point(**line) for line in state.world.broadcast(found.read() if state.world.main else None)]
     known = {(point.criterion, point.layer, point.ratio) for point in points}
     members: dict[str, tuple[str, ...]] = {}
-    reference = _evaluate(state, split)
-    for name, one in named.items():
-        for candidate in candidates(granularity, one, state, sorted(set(ratios)), calibration):
-            members[candidate.layer] = candidate.members
-            if (name, candidate.layer, candidate.ratio) in known:
-                continue
-            with zeroed(model, candidate.masks):
-                acc1, loss = _evaluate(state, split)
-            points.append(Point(candidate.layer, name, candidate.ratio, candidate.ratio_realised, acc1, loss))
-            log.debug("%s: %s without %.2f: %.2f", name, candidate.layer, candidate.ratio_realised, acc1)
-            state.slot.save({}, {"points": [asdict(point) for point in points]})
-            if state.interrupted():
-                raise Interrupted(
-                    f"stopped in {state.stage} after {candidate.layer} at {candidate.ratio:g}; the same command goes "
-                    "on there"
-                )
-    points += [Point(layer, name, 0.0, 0.0, *reference) for name in named for layer in members]
+
+    def unknown() -> Iterator[tuple[str, Candidate]]:
+        yield from [] if ("", WHOLE.layer, WHOLE.ratio) in known else [("", WHOLE)]
+        for name, one in named.items():
+            for candidate in candidates(granularity, one, state, grid, calibration):
+                members[candidate.layer] = candidate.members
+                if (name, candidate.layer, candidate.ratio) not in known:
+                    yield name, candidate
+
+    missing = unknown()
+    while turn := list(itertools.islice(missing, state.world.size)):
+        for point in _evaluated(state, turn, split):
+            points.append(point)
+            log.debug("%s: %s without %.2f: %.2f", state.stage, point.layer, point.ratio_realised, point.acc1)
+            if state.world.main:
+                found.append(asdict(point))
+        if state.world.any(state.interrupted()):
+            raise Interrupted(f"stopped in {state.stage} after {len(points)} points; the same command goes on there")
+    whole = next(point for point in points if point.layer == WHOLE.layer)
+    points = [point for point in points if point is not whole]
+    points += [replace(whole, layer=layer, criterion=name) for name in named for layer in members]
     points = _ordered(points, list(members), list(named))
     files = {TABLE: artifacts.table(Point, points)}
     files |= {f"ratios_{name}.yaml": ratio_file(points, name, members, drop) for name in named}
@@ -139,15 +151,23 @@ def sensitivity(
     return state.evolve(outcome=Outcome(files=files))
 
 
+def _evaluated(state: State, turn: Sequence[tuple[str, Candidate]], split: str) -> list[Point]:
+    """The points of some candidates, at most as many as there are ranks: each rank evaluates one, and all get all."""
+    results = torch.zeros(state.world.size, 2, dtype=torch.float64)
+    if state.world.rank < len(turn):
+        with zeroed(state.model, turn[state.world.rank][1].masks):
+            measured = accuracy.accuracy(state.model, state.data.evaluation(split, learning.EVALUATION_BATCH))
+        results[state.world.rank] = torch.tensor([measured.acc1, measured.loss], dtype=torch.float64)
+    return [
+        Point(candidate.layer, name, candidate.ratio, candidate.ratio_realised, acc1, loss)
+        for (name, candidate), (acc1, loss) in zip(turn, state.world.total(results).tolist(), strict=False)
+    ]
+
+
 def _named(criterion: Criterion, compare: Mapping[str, Criterion]) -> dict[str, Criterion]:
     """The run's criterion under its function's name, then the others."""
     score = getattr(criterion.score, "func", criterion.score)
     return {getattr(score, "__name__", type(score).__name__): criterion} | dict(compare)
-
-
-def _evaluate(state: State, split: str) -> tuple[float, float]:
-    found = accuracy.accuracy(state.model, state.data.evaluation(split, learning.EVALUATION_BATCH))
-    return found.acc1, found.loss
 
 
 def candidates(

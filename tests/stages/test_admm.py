@@ -13,8 +13,8 @@ import torch
 
 from prune_cli.config.locations import options
 from prune_cli.files.weights import read_state_dict
-from tests.test_faults import folder_of, sums
-from tests.test_processes import torchrun
+from tests.runs.test_faults import folder_of, sums
+from tests.runs.test_processes import torchrun
 
 NET = (
     "run", "recipe=quickstart", "model=resnet20", "model.depth=8", "model.widths=[4,8,8]", "threads=1", "device=cpu",
@@ -56,6 +56,7 @@ def test_filters_are_shrunk_at_the_end(prune):
     assert result.rows.loc["prune", "epochs"] == 3
 
 
+@pytest.mark.thorough
 def test_the_penalty_draws_the_weights_into_the_set(prune):
     """With a strong one little is lost when the masks come; without training towards them much is."""
     keys = (
@@ -132,6 +133,7 @@ LONG = (
 )  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_kill_nine_then_the_same_command_ends_with_the_same_bytes(prune, spawn, workplace):
     calm = prune(*LONG)
     assert calm.code == 0, calm.err
@@ -147,6 +149,7 @@ def test_kill_nine_then_the_same_command_ends_with_the_same_bytes(prune, spawn, 
     assert (folder_of(out) / "prune" / "admm.csv").read_bytes() == table
 
 
+@pytest.mark.thorough
 def test_two_processes_agree_on_every_projection(tmp_path):
     process = torchrun(tmp_path, *NET, *SHORT, "granularity=pattern", "granularity.ratio=0.75")
     out, err = process.communicate(timeout=300)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pandas
 import pytest
 import torch
 import yaml
 
+from prune_cli.config.compose import compose
+from prune_cli.console import Console
+from prune_cli.errors import Interrupted
+from prune_cli.files.lines import Lines
 from prune_cli.files.weights import read_state_dict
+from prune_cli.measure import accuracy
+from prune_cli.pipeline.build import build
+from prune_cli.pipeline.store import Store
 from prune_cli.stages.sensitivity import Point, ratio_file, safe_ratio, zeroed
 from prune_cli.stages.sensitivity_plot import curves
 from prune_cli.structure.keep import removed
+from prune_cli.training.distributed import World
+from tests.runs.test_processes import two_processes
 
 NET = (
     "recipe=quickstart", "train.epochs=2", "latency=false", "device=cpu", "stages=[train,sensitivity]",
@@ -117,9 +129,79 @@ def test_the_ratio_file_prunes_what_it_says(prune):
     assert pruned.rows.ratio_prunable["prune"] == pytest.approx(asked / sum(widths.values()))
 
 
-def test_it_goes_on_where_it_was_stopped(prune, monkeypatch):
-    from prune_cli.measure import accuracy, cost
+def survey(world: World, place: Path, stop_after: int | None = None) -> dict:
+    """The stage on a fresh LeNet-5, six points, with what this rank evaluated and wrote; rank 1 alone wants to stop."""
+    composed = compose([*NET, "granularity=filter", "stages=[sensitivity]", "dataset=fake"])
+    built = build(composed.config, composed.choices, Console(), Store(place))
+    done = {"evaluated": 0, "written": 0, "stopped": False, "table": None}
 
+    def evaluate(*arguments):
+        done["evaluated"] += 1
+        return original_evaluate(*arguments)
+
+    def append(lines, value):
+        done["written"] += 1
+        original_append(lines, value)
+
+    def interrupted() -> bool:
+        return stop_after is not None and world.rank == world.size - 1 and done["evaluated"] >= stop_after
+
+    original_evaluate, original_append = accuracy.accuracy, Lines.append
+    accuracy.accuracy, Lines.append = evaluate, append
+    state = built.state.evolve(world=world, slot=Store(place).slot("k"), stage="sensitivity", interrupted=interrupted)
+    try:
+        after = built.steps[0].run(state)
+        done["table"] = after.outcome.files["sensitivity.csv"]
+    except Interrupted:
+        done["stopped"] = True
+    finally:
+        accuracy.accuracy, Lines.append = original_evaluate, original_append
+    return done
+
+
+def test_every_point_is_written_once(workplace):
+    done = survey(World(), workplace)
+    assert done["evaluated"] == done["written"] == 1 + 3 * 2  # the network as it is, three layers at two ratios
+    again = survey(World(), workplace)
+    assert again == {**done, "evaluated": 0, "written": 0}
+
+
+@pytest.mark.parametrize("torn", [b"", b'0123456789abcdef {"layer"', b"0123456789abcdef {}\n"])
+def test_it_goes_on_where_it_was_stopped_also_behind_a_torn_line(workplace, torn):
+    whole = survey(World(), workplace / "whole")
+    assert survey(World(), workplace / "cut", stop_after=4)["stopped"]
+    (file,) = workplace.glob("cut/k.partial/points")
+    with file.open("ab") as lines:
+        lines.write(torn)
+    rest = survey(World(), workplace / "cut")
+    assert rest["evaluated"] == rest["written"] == 7 - 4
+    assert rest["table"] == whole["table"]
+    assert len(Lines(file).read()) == 7
+
+
+@pytest.mark.thorough
+def test_two_processes_share_the_points_and_stop_together(tmp_path):
+    """Rank 1 alone is told to stop after its second point; the same command goes on, and no point is there twice."""
+    two_processes(
+        tmp_path,
+        "tests.stages.test_sensitivity",
+        "survey",
+        "    from pathlib import Path\n"
+        f"    place = Path({str(tmp_path)!r})\n"
+        "    found = [survey(world, place, stop_after=2), survey(world, place)]\n"
+        "    (place / f'{world.rank}.json').write_text(json.dumps(found))\n",
+    )
+    ranks = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
+    assert [(first["stopped"], first["evaluated"], first["written"]) for first, _ in ranks] == [
+        (True, 2, 4),
+        (True, 2, 0),
+    ]
+    assert [(second["evaluated"], second["written"]) for _, second in ranks] == [(2, 3), (1, 0)]
+    alone = survey(World(), tmp_path / "alone")
+    assert [second["table"] for _, second in ranks] == [alone["table"]] * 2
+
+
+def test_a_killed_run_takes_its_points_up_again(prune, monkeypatch):
     def counting(*arguments):
         counting.calls += 1
         if counting.calls == counting.stop_at:
@@ -128,14 +210,14 @@ def test_it_goes_on_where_it_was_stopped(prune, monkeypatch):
 
     original = accuracy.accuracy
     assert prune("run", *NET, "granularity=filter", "stages=[train]").code == 0
-    monkeypatch.setattr(cost, "accuracy", counting)
+    monkeypatch.setattr(accuracy, "accuracy", counting)
     counting.calls, counting.stop_at = 0, 5
     assert prune("run", *NET, "granularity=filter").code != 0
     counting.calls, counting.stop_at = 0, 0
     result = prune("run", *NET, "granularity=filter")
     assert result.code == 0, result.err
-    # The reference and the three of six points that were missing, then the stage's own two accuracies.
-    assert counting.calls == 1 + 3 + 2
+    # The three of seven points that were missing, then the stage's own two accuracies.
+    assert counting.calls == 7 - 4 + 2
     assert len(pandas.read_csv(result.folder / "sensitivity" / "sensitivity.csv")) == 9
 
 

@@ -19,8 +19,8 @@ from prune_cli.compression import kmeans as clustering
 from prune_cli.compression.container import MAGIC
 from prune_cli.errors import CheckpointError
 from prune_cli.files.weights import read_state_dict
+from tests.compression.test_container import rewritten
 from tests.conftest import ROOT
-from tests.test_compressed import rewritten
 
 PLAIN = ("latency=false", "device=cpu", "threads=1", "deterministic=true")
 DIGITS = ("run", "recipe=lenet_digits_deep_compression", *PLAIN, "train.epochs=2", "schedule=one_shot")
@@ -48,6 +48,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_state_dict(folder / "weights.safetensors")
 
 
+@pytest.mark.thorough
 def test_few_values_the_same_zeros_and_trained_centroids(shared):
     before, after = weights(shared / "prune"), weights(shared / "share")
     for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
@@ -187,7 +188,7 @@ def test_damaged_files_are_refused_in_one_line_by_every_reader(shared, prune, wo
             load_pruned("x")
 
 
-@pytest.mark.parametrize("stop_after", [1, 30])
+@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.thorough), 30])
 def test_stopping_and_going_on_gives_the_same_bits(prune, monkeypatch, stop_after):
     from prune_cli.training import fit as loop
 

@@ -56,6 +56,10 @@ def test_growing_regularisation_empties_the_chosen_units(prune):
     assert result.rows.acc1["prune"] == pytest.approx(result.rows.acc1["sparsify"], abs=1.0)
 
 
+def thorough(value: int) -> object:
+    return pytest.param(value, marks=pytest.mark.thorough)
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -63,7 +67,9 @@ def test_growing_regularisation_empties_the_chosen_units(prune):
         ("regulariser=group_lasso", "regulariser.strength=0.01"),
     ],
 )
-@pytest.mark.parametrize("stop_after", [5, 14, 19])  # before the choice, which falls into step 13, and after it
+@pytest.mark.parametrize(
+    "stop_after", [thorough(5), 14, thorough(19)]
+)  # before the choice, which falls into step 13, and after it
 def test_stopping_and_going_on_gives_the_same_bits(prune, monkeypatch, keys, stop_after):
     from prune_cli.training import fit as loop
 

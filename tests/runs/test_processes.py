@@ -146,11 +146,11 @@ def measured(world: World) -> dict[str, list]:
     return {f"{name} {need}": value.flatten().tolist() for name, of in found.items() for need, value in of.items()}
 
 
-def two_processes(place: Path, function: str, body: str) -> str:
-    """What two processes print that run `body`, which knows `world` and a function of this file."""
+def two_processes(place: Path, module: str, function: str, body: str) -> str:
+    """What two processes print that run `body`, which knows `world` and a function of a test's module."""
     script = place / "child.py"
     script.write_text(
-        f"import json, torch\nfrom tests.test_processes import {function}\n"
+        f"import json, torch\nfrom {module} import {function}\n"
         f"from prune_cli.training.distributed import joined, leave\nwith joined(torch.device('cpu')) as world:\n{body}leave()\n"
     )
     done = subprocess.run(
@@ -162,9 +162,11 @@ def two_processes(place: Path, function: str, body: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_two_processes_measure_what_one_does(tmp_path):
     two_processes(
         tmp_path,
+        __name__,
         "measured",
         "    found = measured(world)\n"
         "    same = world.broadcast(found) == found\n"
@@ -180,7 +182,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
 def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
     out = two_processes(
-        tmp_path, "curve", "    found = curve(world)\n    if world.main:\n        print(json.dumps(found))\n"
+        tmp_path, __name__, "curve", "    found = curve(world)\n    if world.main:\n        print(json.dumps(found))\n"
     )
     two, one = json.loads(out.strip().splitlines()[-1]), curve(World())
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-10)
@@ -189,7 +191,10 @@ def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
 
 def test_two_gloo_processes_learn_from_a_teacher_as_one_does(tmp_path):
     two_processes(
-        tmp_path, "taught", f"    open(f'{tmp_path}/{{world.rank}}.json', 'w').write(json.dumps(taught(world)))\n"
+        tmp_path,
+        __name__,
+        "taught",
+        f"    open(f'{tmp_path}/{{world.rank}}.json', 'w').write(json.dumps(taught(world)))\n",
     )
     one = taught(World())
     ranks = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
@@ -199,6 +204,7 @@ def test_two_gloo_processes_learn_from_a_teacher_as_one_does(tmp_path):
     assert ranks[0]["regressors"] == pytest.approx(one["regressors"], rel=1e-9, abs=1e-14)
 
 
+@pytest.mark.thorough
 def test_a_distilled_recipe_in_two_processes(tmp_path):
     process = torchrun(
         tmp_path, *RUN, "distillation=fitnet", "granularity=filter", "+distillation@distillation.terms.soft=hinton",
@@ -209,6 +215,7 @@ def test_a_distilled_recipe_in_two_processes(tmp_path):
     assert "finetune: done" in err
 
 
+@pytest.mark.thorough
 def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):
     whole = (*RUN, "criterion=taylor", "stages=[train,prune,finetune,share]", "share.epochs=2")
     process = torchrun(tmp_path, *whole)
@@ -226,6 +233,7 @@ def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):
     assert alone.stderr.count("taken from the store") == 4, alone.stderr
 
 
+@pytest.mark.thorough
 def test_criteria_that_read_norm_statistics_choose_the_same_masks_on_every_rank(tmp_path):
     network = ("model=resnet20", "model.depth=8", "model.widths=[4,8,8]", "limit_batches=3")
     process = torchrun(tmp_path, *RUN, *network, "criterion=taylor", "stages=[train,prune]", "prune.batch_size=32")
@@ -233,6 +241,7 @@ def test_criteria_that_read_norm_statistics_choose_the_same_masks_on_every_rank(
     assert process.returncode == 0, err
 
 
+@pytest.mark.thorough
 def test_a_killed_rank_is_restarted_and_resumes_from_the_store(tmp_path):
     process = torchrun(tmp_path, *RUN, "finetune.epochs=8", restarts=1, FAULT="finetune 80 SIGKILL 1")
     _, err = process.communicate(timeout=300)
@@ -256,6 +265,7 @@ def test_restarted_ranks_never_meet_the_dead_ones():
     assert len(set(starts)) == 3
 
 
+@pytest.mark.thorough
 def test_ranks_with_different_recipes_are_told(tmp_path):
     port = free_port()
     ranks = [rank(tmp_path, 0, port, *RUN), rank(tmp_path, 1, port, *RUN, "seed=5")]
@@ -321,10 +331,12 @@ def learned(world: World, method: str) -> dict[str, list]:
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["skeleton", "sr_ste"])
 def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
     out = two_processes(
         tmp_path,
+        __name__,
         "learned",
         f"    found = learned(world, {method!r})\n"
         "    every = [world.broadcast(None)] if not world.main else [world.broadcast(found)]\n"
@@ -339,6 +351,7 @@ def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
     assert 0 < sum(kept) < len(kept)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("arguments", [SKELETON, SR_STE], ids=["skeleton", "sr_ste"])
 def test_learned_masks_in_two_processes_are_found_by_one(tmp_path, arguments):
     arguments = (*arguments, "device=cpu", "latency=false", "threads=1")

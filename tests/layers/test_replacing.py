@@ -220,6 +220,7 @@ def test_a_lineage_of_stripes_is_not_sliced_again():
 # ------------------------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.thorough
 def test_stripes_shrink_train_on_reload_and_evaluate(prune):
     result = prune(*STRIPES)
     assert result.code == 0, result.err

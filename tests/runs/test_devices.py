@@ -32,7 +32,9 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "filter" else pytest.mark.thorough) for name in RUNS]
+)
 def test_whole_runs_keep_their_tensors_together(prune, monkeypatch, name):
     with gpu(monkeypatch):
         result = prune(*RUN, *RUNS[name])

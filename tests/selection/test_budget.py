@@ -302,6 +302,7 @@ QUICK = ("recipe=quickstart", "granularity=filter", "limit_batches=1", "latency=
          "dataset=fake", "model=resnet20")  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("schedule", ["one_shot", "iterative"])
 def test_a_run_with_a_budget_reports_both_denominators(prune, schedule):
     more = ["schedule.epochs=2", "schedule.retrain_epoch=1", "schedule.prune_freq=1"] if schedule == "iterative" else []

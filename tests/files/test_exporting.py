@@ -30,6 +30,7 @@ def onnx():
         pytest.importorskip(name)
 
 
+@pytest.mark.thorough
 def test_a_pruned_run_as_onnx_and_as_a_program_with_its_speed_beside_the_dense_one(prune, onnx, workplace):
     run = prune(
         "run", "recipe=quickstart", "granularity=filter", "limit_batches=1", "train.epochs=1", "finetune.epochs=1",

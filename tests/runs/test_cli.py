@@ -73,6 +73,7 @@ def test_second_run_takes_everything_from_the_store(prune):
     ).read_bytes()
 
 
+@pytest.mark.thorough
 def test_sweep_trains_each_dense_network_once(prune, workplace):
     result = prune("run", "-m", *QUICK, "stages=[train,prune]", "criterion=l1,l2,random", "seed=0,1")
     assert result.code == 0, result.err

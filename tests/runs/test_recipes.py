@@ -1,0 +1,151 @@
+"""Every shipped recipe and every shipped option runs: a new file is tested by existing.
+
+What would take long in an option is cut by the overrides in a comment line of its file, `# tiny: schedule.epochs=2`. Which
+options go together is in legal.txt (test_legality.py). Here every schedule runs with every granularity, and every criterion
+once; `scripts/test all` runs it with every granularity.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import pytest
+
+from prune_cli.config.compose import compose
+from prune_cli.config.locations import options
+from tests.runs.test_legality import GOLDEN, cells
+
+TINY = ("limit_batches=1", "dataset.fake=true", "latency=false", "device=cpu")
+LARGE = {name for name in options("recipe") if "imagenet" in name}
+RESNET = (
+    "recipe=quickstart",
+    "dataset=fake",
+    "model=resnet20",
+    "model.depth=8",
+    "stages=[prune]",
+    "granularity.ratio=0.75",
+)
+LEGAL = [place[1:] for place, legal in cells(GOLDEN.read_text()).items() if legal and place[0] == "prune"]
+
+
+def tiny(config: dict, choices: dict[str, str]) -> list[str]:
+    """The overrides that shorten a composed config: one epoch per stage, few images, and what its options ask for."""
+    cut = []
+    for place, name in choices.items():
+        group, _, node = place.partition("@")
+        if name in options(group) and (group != "stage" or node in config["stages"]):
+            cut += re.findall(
+                r"\S+=\S+", " ".join(re.findall(r"^# tiny: (.+)$", options(group)[name].read_text(), re.M))
+            )
+    keys = {"epochs": "epochs=1", "batch_size": "batch_size=4", "calibration": "calibration.images=6"}
+    return cut + [f"{stage}.{keys[key]}" for stage in set(config["stages"]) for key in keys if key in config[stage]]
+
+
+def shortened(arguments: Iterable[str]) -> list[str]:
+    """The arguments, with those that make it one small batch per epoch on a few small images."""
+    cut: list[str] = []
+    for _ in range(2):  # an option may ask for another, whose line holds too
+        composed = compose([*arguments, *cut])
+        cut = list(dict.fromkeys(tiny(composed.config, composed.choices)))
+    return [*arguments, *cut, *TINY]
+
+
+@pytest.fixture
+def short(prune, monkeypatch):
+    """Runs a recipe for one small batch per epoch, one epoch per stage, on a few small images."""
+    from prune_cli.data.fake import stand_in
+
+    monkeypatch.setitem(stand_in.__kwdefaults__, "sizes", (64, 32))
+
+    def call(*arguments: str):
+        return prune("run", *shortened(arguments))
+
+    return call
+
+
+def marked(name: str) -> object:
+    """Recipes on real images of the smallest kind run for every commit, those of ImageNet size only with all tests."""
+    marks = pytest.mark.slow if name in LARGE else () if "digits" in name else pytest.mark.thorough
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", map(marked, options("recipe")))
+def test_recipe_runs(short, name):
+    result = short(f"recipe={name}")
+    assert result.code == 0, result.err
+    rows = result.rows
+    assert rows.acc1.between(0, 100).all()
+    assert (rows.params_nonzero.iloc[-1] < rows.params_nonzero.iloc[0]) or rows.params.iloc[-1] < rows.params.iloc[0]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", sorted(LARGE))
+def test_a_large_recipe_is_built_and_checked(prune, name):
+    """As a run does before it trains: data, network, every layer that is asked for, every stage."""
+    result = prune("show", *shortened([f"recipe={name}"]))
+    assert result.code == 0, result.err
+    assert "imagenet: 1000 classes" in result.out
+    assert re.search(r"prune: .*\d+ layers, ", result.out)
+
+
+@pytest.mark.parametrize(("name", "path"), options("recipe").items())
+def test_recipe_header_says_what_it_reproduces(name, path):
+    text = path.read_text()
+    assert text.startswith("# @package _global_\n")
+    assert re.search(r"^# reproduces: .{10,}", text, re.M)
+    assert re.search(r"^# published: (none known|.*\d.*)", text, re.M)
+    assert re.search(rf"^# command: prune run recipe={name}", text, re.M)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", options("dataset"))
+def test_every_dataset_trains_a_network_without_its_files(short, name):
+    result = short("recipe=quickstart", f"dataset={name}", "stages=[train]")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("name", options("optimizer"))
+def test_every_optimizer(short, name):
+    result = short("recipe=quickstart", f"optimizer@finetune.optimizer={name}", "finetune.optimizer.lr=1e-3")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("name", options("lr_schedule"))
+def test_every_lr_schedule(short, name):
+    result = short("recipe=quickstart", f"lr_schedule@train.lr_schedule={name}")
+    assert result.code == 0, result.err
+
+
+def pruned(short, *arguments: str) -> None:
+    """A run of the small network removes what was asked."""
+    result = short(*RESNET, *arguments)
+    assert result.code == 0, result.err
+    row = result.rows.loc["prune"]
+    assert row.ratio_prunable == pytest.approx(row.ratio_requested, abs=0.03)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("schedule", "granularity"), [(s, g) for s, criterion, g in LEGAL if criterion == "l1"])
+def test_every_schedule_with_every_granularity(short, schedule, granularity):
+    pruned(short, f"schedule={schedule}", f"granularity={granularity}")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", options("criterion"))
+def test_every_criterion(short, name):
+    """With the first granularity that is legal for it; one that needs another schedule says so in its file."""
+    granularity = next((granularity for _, criterion, granularity in LEGAL if criterion == name), "element")
+    pruned(short, f"criterion={name}", f"granularity={granularity}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("criterion", "granularity"), [(c, g) for schedule, c, g in LEGAL if schedule == "one_shot"])
+def test_every_criterion_with_every_granularity(short, criterion, granularity):
+    pruned(short, f"criterion={criterion}", f"granularity={granularity}")
+
+
+@pytest.mark.parametrize("name", options("distillation"))
+def test_every_distillation(short, name):
+    result = short("recipe=quickstart", f"distillation={name}")
+    assert result.code == 0, result.err
