@@ -51,6 +51,12 @@ class SurgeryError(PruneError):
     exit_code = 7
 
 
+class ScheduleError(PruneError):
+    """A schedule that asks for something that cannot be done, or finds no way to its target."""
+
+    exit_code = 8
+
+
 class Interrupted(PruneError):
     """SIGINT or SIGTERM arrived and a resumable checkpoint was written; the same command goes on from there."""
 

@@ -33,6 +33,11 @@ COMPRESSED = "weights.compressed"
 LOG = "run.log"
 
 
+def remembered(tag: str) -> str:
+    """The file of a snapshot that a train stage keeps; `*` for all of them."""
+    return f"remembered_{tag}.safetensors"
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of results.csv: one finished stage. None where a quantity does not apply or was not measured.

@@ -68,7 +68,11 @@ def restore(folder: Path, state: State) -> State:
     model = _shared(state, model, architecture, lineage)
     masks = {name: mask.to(state.device) for name, mask in world.broadcast_tensors(masks).items()}
     forms = {name: MaskFormat(**form) for name, form in world.broadcast(forms).items()}
-    return state.evolve(model=model, architecture=architecture, masks=masks, forms=forms, lineage=lineage)
+    tags = world.broadcast(_tags(folder) if world.main else None)
+    remembered = {**state.remembered, **{tag: folder / artifacts.remembered(tag) for tag in tags}}
+    return state.evolve(
+        model=model, architecture=architecture, masks=masks, forms=forms, lineage=lineage, remembered=remembered
+    )
 
 
 def _shared(
@@ -89,6 +93,13 @@ def _node(folder: Path) -> dict[str, Any]:
     """Builder and arguments of the dense network that a stage folder started from."""
     node: dict[str, Any] = json.loads((folder / artifacts.CHECKPOINT).read_text())["model"]
     return node
+
+
+def _tags(folder: Path) -> list[str]:
+    """Of the snapshots that a stage left in its folder."""
+    before, after = artifacts.remembered("*").split("*")
+    names = sorted(path.name for path in folder.glob(artifacts.remembered("*")))
+    return [name.removeprefix(before).removesuffix(after) for name in names]
 
 
 def _forms(folder: Path) -> dict[str, Any]:

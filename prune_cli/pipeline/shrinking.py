@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prune_cli import masks as masking
@@ -11,15 +11,30 @@ from prune_cli.granularities.units import Units
 from prune_cli.layers import replacing
 from prune_cli.pipeline.state import State
 from prune_cli.structure.lineage import Lineage
-from prune_cli.structure.verified import shrink
+from prune_cli.structure.plan import Plan
+from prune_cli.structure.verified import Small, shrink
 
 log = logging.getLogger(__name__)
 
 CHECKED = 4  # images on which the shrunk network must agree with the masked one
 
 
-def shrink_state(state: State, units: Units) -> State:
+def shrink_state(state: State, units: Units, plan: Callable[[], Plan] | None = None) -> State:
     """The state with the masked units taken out; masked and shrunk network must agree on calibration images."""
+    small = taken_out(state, units, plan)
+    first = composed(state.lineage)
+    lineage = small.lineage if first is None else small.lineage.after(first)
+    return state.evolve(model=small.model, masks=small.masks, lineage=lineage.to_dict())
+
+
+def taken_out(state: State, units: Units, plan: Callable[[], Plan] | None = None) -> Small:
+    """The network of a state without its masked units, checked on calibration images.
+
+    Its lineage begins at the state's network, whatever was done to that before.
+
+    Args:
+        plan: gives the channel plan of the network, where somebody keeps it.
+    """
     assert units.shrinks, "checked before anything was trained"
     masking.apply(state.model, state.masks)
     images = [image[None] for batch, _ in state.data.calibration(CHECKED, CHECKED) for image in batch]
@@ -28,12 +43,12 @@ def shrink_state(state: State, units: Units) -> State:
         state.model,
         state.example_inputs(),
         state.masks,
-        lineage=composed(state.lineage),
         check_on=images[:CHECKED],
+        plan=plan,
     )
     before, after = (sum(p.numel() for p in model.parameters()) for model in (state.model, small.model))
     log.info("%s: shrunk from %d to %d params", state.stage, before, after)
-    return state.evolve(model=small.model, masks=small.masks, lineage=small.lineage.to_dict())
+    return small
 
 
 def expanded(state: State) -> State:

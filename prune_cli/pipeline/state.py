@@ -70,6 +70,7 @@ class State:
         forms: parameter name -> how its mask is stored; single weights where absent.
         lineage: what surgery did to the dense network since it was built, JSON data; None before any.
         dense: stage folder of the network that entered the first pruning stage; the default teacher.
+        remembered: tag -> file of a snapshot that a train stage kept.
         slot: where the running stage keeps its resumable checkpoint.
         interrupted: becomes True when the user asks to stop.
         world: this process among those that run the pipeline together.
@@ -89,6 +90,7 @@ class State:
     forms: Mapping[str, MaskFormat] = field(default_factory=dict)
     lineage: Mapping[str, Any] | None = None
     dense: Path | None = None
+    remembered: Mapping[str, Path] = field(default_factory=dict)
     interrupted: Callable[[], bool] = lambda: False
     world: World = ALONE
     outcome: Outcome = Outcome()

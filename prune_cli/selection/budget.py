@@ -216,11 +216,25 @@ def _cost(
 
 def _of_weights(quantity: Quantity, groups: Sequence[Group], model: nn.Module, example_inputs: Tensor) -> CostOf:
     """Every unit of a group masks equally many weights; a weight masked is its products saved."""
+    total, owned = masked_costs(quantity, groups, model, example_inputs)
+    each = [mine / group.scores.numel() for mine, group in zip(owned, groups, strict=True)]
+    fixed = total - sum(owned)
+
+    def count(counts: Sequence[int]) -> int:
+        left = (mine - unit * gone for mine, unit, gone in zip(owned, each, counts, strict=True))
+        return math.ceil(fixed) + sum(math.ceil(part) for part in left)
+
+    return count
+
+
+def masked_costs(
+    quantity: Quantity, groups: Sequence[Group], model: nn.Module, example_inputs: Tensor
+) -> tuple[int, list[Fraction]]:
+    """Parameters or multiply-adds of the whole network, and what of them the masks of each group could remove."""
     found = measure.cost(model, example_inputs)
     macs = {layer.name: layer.macs for layer in found.layers}
     parameters = dict(model.named_parameters())
-    total = found.macs if quantity == "macs" else found.params
-    owned, each = [], []
+    owned = []
     for group in groups:
         saved = Fraction(0)
         for name, mask in group.mask(
@@ -230,14 +244,7 @@ def _of_weights(quantity: Quantity, groups: Sequence[Group], model: nn.Module, e
             gone = size - int(mask.expand(parameters[name].shape).sum())
             saved += Fraction(gone, size) * macs.get(owner(name), 0) if quantity == "macs" else gone
         owned.append(saved)
-        each.append(saved / group.scores.numel())
-    fixed = total - sum(owned)
-
-    def count(counts: Sequence[int]) -> int:
-        left = (mine - unit * gone for mine, unit, gone in zip(owned, each, counts, strict=True))
-        return math.ceil(fixed) + sum(math.ceil(part) for part in left)
-
-    return count
+    return found.macs if quantity == "macs" else found.params, owned
 
 
 def _milliseconds(table: latency_table.Table, groups: Sequence[Group], orders: Sequence[np.ndarray]) -> CostOf:

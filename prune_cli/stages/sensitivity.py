@@ -32,8 +32,8 @@ from prune_cli.selection.ranking import rank
 from prune_cli.selection.select import select
 from prune_cli.selection.targets import Rule
 from prune_cli.stages import learning
-from prune_cli.stages.prune import statistics_of
 from prune_cli.stages.sensitivity_plot import Point, curves
+from prune_cli.stages.session import statistics_of
 from prune_cli.structure.prunable import owner
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def candidates(
     granularity: Granularity, criterion: Criterion, state: State, ratios: Sequence[float], calibration: Calibration
 ) -> Iterator[Candidate]:
     """Every group of units at every ratio, chosen on the network as it is now."""
-    statistics = statistics_of(state, criterion, granularity, calibration)
+    statistics = statistics_of(state, criterion, list(granularity.ratios(state.model)), calibration)
     seed = state.stage_seed % 2**62
     for ratio in ratios:
         found = _Found(granularity.units, [])

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prune_cli.errors import SurgeryError, nearest
 from prune_cli.layers import replacing
 from prune_cli.structure import attributes as widths
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.modules import named_tensors
-from prune_cli.structure.slicing import channels_view, copy_with, sliced
+from prune_cli.structure.slicing import NO_AXES, channels_view, copy_with, sliced
 
 
 def rescale(model: nn.Module, scales: Mapping[str, tuple[float, ...]]) -> None:
@@ -25,6 +25,23 @@ def rescale(model: nn.Module, scales: Mapping[str, tuple[float, ...]]) -> None:
             parameter = named[name]
             line = torch.tensor(factors, dtype=parameter.dtype, device=parameter.device)
             parameter.mul_(channels_view(line, 0, parameter.dim()))
+
+
+@torch.no_grad()
+def carried(tensors: Mapping[str, Tensor], lineage: Lineage) -> dict[str, Tensor]:
+    """Other values of the dense network's parameters and buffers as the small one has them: sliced and rescaled.
+
+    Args:
+        tensors: by parameter or buffer name, shaped like them.
+        lineage: how the small network descends from the one that the tensors belong to.
+    """
+    found = {name: sliced(tensor, lineage.kept.get(name, NO_AXES)) for name, tensor in tensors.items()}
+    for name, factors in lineage.scales.items():
+        if name in found:
+            value = found[name]
+            line = torch.tensor(factors, dtype=value.dtype, device=value.device)
+            value.mul_(channels_view(line, 0, value.dim()))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- the way back

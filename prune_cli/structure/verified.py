@@ -7,7 +7,7 @@ the masked network computes, or it is an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from prune_cli.masks import Masks
 from prune_cli.structure import reference
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.modes import evaluating
+from prune_cli.structure.plan import Plan
 from prune_cli.structure.surgery import Shrunk
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,10 @@ TOLERANCE = 1e-4
 class Shrinks(Protocol):
     """Units of a granularity that can be taken out of a network; those that can declare it."""
 
-    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> Shrunk:
-        """The network without the units that the masks remove."""
+    def shrink(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: Callable[[], Plan] | None = None
+    ) -> Shrunk:
+        """The network without the units that the masks remove; `plan` gives its channel plan, where somebody keeps it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def shrink(
     *,
     lineage: Lineage | None = None,
     check_on: Iterable[Any] = (),
+    plan: Callable[[], Plan] | None = None,
 ) -> Small:
     """Takes the masked units out of a network whose masked entries are zero.
 
@@ -69,11 +73,14 @@ def shrink(
         lineage: how `model` descends from the dense network; None = it is the dense network.
         check_on: inputs, shaped like the example, on which masked and shrunk network must agree. Norms over
             channels (LayerNorm, GroupNorm) are compared over the kept channels.
+        plan: gives the channel plan of `model`, where somebody keeps it.
 
     Raises:
         SurgeryError: the two do not agree, or the network cannot be analysed.
     """
-    return checked(model, units.shrink(model, example_inputs, masks), masks, lineage=lineage, check_on=check_on)
+    known = () if plan is None else (plan,)
+    shrunk = units.shrink(model, example_inputs, masks, *known)
+    return checked(model, shrunk, masks, lineage=lineage, check_on=check_on)
 
 
 def checked(

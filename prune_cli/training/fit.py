@@ -423,7 +423,7 @@ def _close_epoch(run: _Step, evaluate: Callable[[nn.Module], float] | None, epoc
     progress.loss_sum, progress.seen = run.world.total(
         torch.tensor([progress.loss_sum, progress.seen], dtype=torch.double)
     ).tolist()
-    row = {"epoch": progress.epoch + 1, "loss": progress.loss_sum / max(progress.seen, 1), "lr": rate}
+    row = {"epoch": len(progress.history) + 1, "loss": progress.loss_sum / max(progress.seen, 1), "lr": rate}
     progress.epoch, progress.step, progress.loss_sum, progress.seen = progress.epoch + 1, 0, 0.0, 0
     selects = options.select_on != "last" or options.early_stop is not None
     due = options.eval_every and (progress.epoch % options.eval_every == 0 or progress.epoch == epochs)
