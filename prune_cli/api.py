@@ -27,7 +27,7 @@ from prune_cli.errors import ConfigError, nearest
 from prune_cli.files import artifacts, builders, pruned
 from prune_cli.files.pruned import Record
 from prune_cli.granularities.filter import Filter
-from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.layers.replacing import closed
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import Normalize
@@ -84,12 +84,12 @@ def shrink(
 
     Raises:
         ConfigError: a name that is not there, a value out of range, data missing that the criterion needs, or a network
-            of stripes.
+            of layers that cannot be sliced (stripes).
         SurgeryError: the model does not run on the example inputs, or cannot be shrunk as asked.
     """
-    if any(isinstance(module, StripeConv2d) for module in model.modules()):
+    if parts := closed(model):
         raise ConfigError(
-            "this network consists of single stripes, whose channels cannot be cut any more; shrink the network that they "
+            f"this network consists of {parts}, whose channels cannot be cut any more; shrink the network that they "
             "were taken from, or let prune run stages=[...,prune] go on from it"
         )
     chosen = _criterion(criterion, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, ClassVar, Literal
@@ -19,13 +19,15 @@ from prune_cli.errors import SurgeryError
 from prune_cli.granularities.filter import kept_units
 from prune_cli.granularities.spatial import many_positions, with_such_units
 from prune_cli.granularities.units import Context, FindPlan, Group, Units
-from prune_cli.layers import replacing
+from prune_cli.layers import replacing, stripes
+from prune_cli.layers.kind import Data
 from prune_cli.masks import Masks
 from prune_cli.measure.latency import latency
 from prune_cli.measure.storage import MaskFormat
-from prune_cli.structure import slicing, surgery
+from prune_cli.structure import rebuild, slicing, surgery
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.interpreter import call_model
+from prune_cli.structure.lineage import Replacement
 from prune_cli.structure.modes import evaluating
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.prunable import targets
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 BATCHES = (1, 64)  # those of the results table
 ROUNDS = 5
+KIND = "stripes"  # of replaced layers
 
 NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 stripe is a whole filter)"
 
@@ -91,19 +94,18 @@ class Stripe(Units):
     ) -> surgery.Shrunk:
         """The network without filters of which the masks leave nothing, its convolutions of the stripes they leave.
 
-        Convolutions that stripes cannot replace (`replacing.fitting`) keep their masks.
+        Convolutions that stripes cannot replace (`stripes.fitting`) keep their masks.
         """
-        found = plan() if plan else analyse(model, example_inputs)
-        shrunk = surgery.remove_units(model, found, kept_units(model, found, masks))
+        channels = plan() if plan else analyse(model, example_inputs)
+        shrunk = surgery.remove_units(model, channels, kept_units(model, channels, masks))
         cut = {name: masking.sliced(mask, shrunk.lineage.kept.get(name, {})) for name, mask in masks.items()}
         inputs = _inputs(shrunk.model, example_inputs)
-        stripes = {name: numbers for name, numbers in replacing.fitting(shrunk.model, cut).items() if name in inputs}
+        found = {name: data for name, data in stripes.fitting(shrunk.model, cut).items() if name in inputs}
         if self.convert == "faster":
-            stripes = {
-                name: numbers for name, numbers in stripes.items() if _faster(shrunk.model, name, numbers, inputs[name])
-            }
-        replacing.place(shrunk.model, stripes)
-        return replace(shrunk, lineage=replace(shrunk.lineage, stripes=stripes))
+            found = {name: data for name, data in found.items() if _faster(shrunk.model, name, data, inputs[name])}
+        replaced = {name: Replacement(KIND, data) for name, data in found.items()}
+        rebuild.place(shrunk.model, replaced)
+        return replace(shrunk, lineage=replace(shrunk.lineage, replaced=replaced))
 
 
 def _group(context: Context, name: str, ratio: float) -> Group:
@@ -160,11 +162,11 @@ def _inputs(model: nn.Module, example_inputs: Any) -> dict[str, torch.Size]:
     return shapes
 
 
-def _faster(model: nn.Module, name: str, numbers: Sequence[int], shape: torch.Size) -> bool:
+def _faster(model: nn.Module, name: str, data: Data, shape: torch.Size) -> bool:
     """Whether stripes beat the dense convolution at every batch size of the table; timed in turns, medians."""
     dense = nn.Sequential(model.get_submodule(name)).eval()
     small = copy.deepcopy(dense)
-    replacing.place(small, {"0": numbers})
+    replacing.place(small, "0", KIND, data)
     device = next(dense.parameters()).device
     verdicts = []
     for count in BATCHES:

@@ -1,7 +1,9 @@
 """How many multiply-adds one operator call costs, and whose they are.
 
 Formulas are in :func:`macs_of_call`, one per kind of operator; :class:`MacCounter` watches a forward pass and
-adds them up. What is measured and reported is in `measure.py`.
+adds them up. What is measured and reported is in `measure.py`. Not `torch.utils.flop_counter.FlopCounterMode`, because it
+adds up per running module and never sees whose weight an operator multiplies by, which the share of its nonzero entries
+and weights used by other modules need, and because it leaves out matrix-vector products.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from prune_cli.pipeline.state import Architecture, State, derive_seed
 from prune_cli.pipeline.store import read_checkpoint
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.rebuild import rebuild
+from prune_cli.training.distributed import World
 
 
 def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: int) -> Architecture:
@@ -58,13 +59,14 @@ def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: 
 
 def restore(folder: Path, state: State) -> State:
     """The state after a stage that was finished earlier, from its folder; rank 0 reads it for all."""
-    world, node, lineage, model, forms = state.world, None, None, None, {}
+    world, node, model, forms = state.world, None, None, {}
+    lineage: Lineage | None = None
     masks: Mapping[str, Tensor] = {}
     if world.main:
         node = _node(folder)
         model, masks = load_model(folder, _architecture(node, state).build), pruned.read_masks(folder)
         lineage, forms = _lineage(folder), _forms(folder)
-    architecture, lineage = _architecture(world.broadcast(node), state), world.broadcast(lineage)
+    architecture, lineage = _architecture(world.broadcast(node), state), _same_lineage(world, lineage)
     model = _shared(state, model, architecture, lineage)
     masks = {name: mask.to(state.device) for name, mask in world.broadcast_tensors(masks).items()}
     forms = {name: MaskFormat(**form) for name, form in world.broadcast(forms).items()}
@@ -75,15 +77,13 @@ def restore(folder: Path, state: State) -> State:
     )
 
 
-def _shared(
-    state: State, model: nn.Module | None, architecture: Architecture, lineage: Mapping[str, Any] | None
-) -> nn.Module:
+def _shared(state: State, model: nn.Module | None, architecture: Architecture, lineage: Lineage | None) -> nn.Module:
     """Rank 0's network on every rank, on the run's device; the others pass None and build it themselves."""
     if state.world.size > 1:
         weights = state.world.broadcast_tensors(model.state_dict() if model is not None else None)
         if model is None:
             model = architecture.build()
-            model = rebuild(model, Lineage.from_dict(lineage)) if lineage else model
+            model = rebuild(model, lineage) if lineage else model
             model.load_state_dict(weights)
     assert model is not None
     return model.to(state.device).eval()
@@ -120,12 +120,19 @@ def _architecture(node: Mapping[str, Any], state: State) -> Architecture:
     return build_architecture(node, state.data, state.architecture.name, state.seed)
 
 
-def _lineage(folder: Path) -> dict[str, Any] | None:
+def _same_lineage(world: World, lineage: Lineage | None) -> Lineage | None:
+    """Rank 0's lineage on every rank."""
+    if world.size == 1:
+        return lineage
+    data = world.broadcast(lineage.to_dict() if lineage else None)
+    return Lineage.from_dict(data) if data else None
+
+
+def _lineage(folder: Path) -> Lineage | None:
     """What surgery did to the network of a stage folder, if anything."""
     if not (folder / artifacts.PRUNED).is_file():
         return None
-    lineage = pruned.read(folder).record.lineage.to_dict()
-    return lineage if any(lineage.values()) else None
+    return pruned.read(folder).record.lineage or None
 
 
 def load_model(folder: Path, build: Callable[[], nn.Module]) -> nn.Module:
@@ -145,7 +152,8 @@ def load_teacher(state: State, teacher: Literal["dense"] | Path) -> nn.Module:
     """
     folder = state.dense if teacher == "dense" else teacher
     assert folder is not None, "checked by the stage before anything was trained"
-    world, node, lineage, model = state.world, None, None, None
+    world, node, model = state.world, None, None
+    lineage: Lineage | None = None
     if world.main and folder.is_dir():
         if teacher != "dense":
             read_checkpoint(folder)
@@ -154,5 +162,5 @@ def load_teacher(state: State, teacher: Literal["dense"] | Path) -> nn.Module:
     elif world.main:
         node, model = dict(state.architecture.node), state.architecture.build()
         load_weights(model, folder)
-    architecture, lineage = _architecture(world.broadcast(node), state), world.broadcast(lineage)
+    architecture, lineage = _architecture(world.broadcast(node), state), _same_lineage(world, lineage)
     return _shared(state, model, architecture, lineage).requires_grad_(False)

@@ -1,16 +1,14 @@
-"""Shrinking the network of a state, its lineage, and the way back for stages that need plain layers."""
+"""Shrinking the network of a state, and the way back for stages that need plain layers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from prune_cli import masks as masking
 from prune_cli.granularities.units import Units
-from prune_cli.layers import replacing
 from prune_cli.pipeline.state import State
-from prune_cli.structure.lineage import Lineage
+from prune_cli.structure import rebuild
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.verified import Small, shrink
 
@@ -22,9 +20,8 @@ CHECKED = 4  # images on which the shrunk network must agree with the masked one
 def shrink_state(state: State, units: Units, plan: Callable[[], Plan] | None = None) -> State:
     """The state with the masked units taken out; masked and shrunk network must agree on calibration images."""
     small = taken_out(state, units, plan)
-    first = composed(state.lineage)
-    lineage = small.lineage if first is None else small.lineage.after(first)
-    return state.evolve(model=small.model, masks=small.masks, lineage=lineage.to_dict())
+    lineage = small.lineage.after(state.lineage) if state.lineage else small.lineage
+    return state.evolve(model=small.model, masks=small.masks, lineage=lineage)
 
 
 def taken_out(state: State, units: Units, plan: Callable[[], Plan] | None = None) -> Small:
@@ -52,14 +49,9 @@ def taken_out(state: State, units: Units, plan: Callable[[], Plan] | None = None
 
 
 def expanded(state: State) -> State:
-    """The state with plain convolutions and masks in place of stripes: what a stage that chooses weights can work on."""
-    lineage = composed(state.lineage)
-    if lineage is None or not lineage.stripes:
+    """The state with plain layers and masks in place of closed ones (stripes): what a stage that chooses weights can
+    work on."""
+    if state.lineage is None:
         return state
-    model, masks = replacing.expanded(state.model, state.masks)
-    return state.evolve(model=model, masks=masks, lineage=lineage.without_stripes().to_dict())
-
-
-def composed(lineage: Mapping[str, Any] | None) -> Lineage | None:
-    """The lineage of a `State`, which keeps it as JSON data."""
-    return None if lineage is None else Lineage.from_dict(lineage)
+    model, masks, lineage = rebuild.expanded(state.model, state.masks, state.lineage)
+    return state.evolve(model=model, masks=masks, lineage=lineage)

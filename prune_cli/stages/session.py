@@ -17,7 +17,6 @@ from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ScheduleError, nearest
 from prune_cli.files import artifacts
 from prune_cli.granularities.units import Context, Group
-from prune_cli.layers import replacing
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline import shrinking
 from prune_cli.pipeline.state import Outcome, State
@@ -102,7 +101,7 @@ class Session:
         self.splitting = admm.Splitting()
         self.snapshots: dict[str, Snapshot] = {}
         self.shrunk: Lineage | None = None  # from the network that came to the present one
-        self.came = shrinking.composed(state.lineage)  # from the dense network to the one that came
+        self.came = state.lineage  # from the dense network to the one that came
         self.problem: Problem | None = None
         self.warned = False  # that scores are of training images
         self._loss: loop.Loss | None = None
@@ -331,10 +330,8 @@ class Session:
         if not joined:
             return
         small = shrinking.taken_out(self.state.evolve(masks=joined), self.granularity.units, self.plan)
-        model, masks, lineage = small.model, small.masks, small.lineage
-        if lineage.stripes:  # what is chosen from next are the weights of plain convolutions
-            model, masks = replacing.expanded(model, masks)
-            lineage = lineage.without_stripes()
+        # What is chosen from next are the weights of plain layers.
+        model, masks, lineage = rebuild.expanded(small.model, small.masks, small.lineage)
         if (progress := self.clock.progress) is not None:
             _shrink_progress(progress, before, model, lineage)
         self.snapshots = {tag: one.shrunk(lineage) for tag, one in self.snapshots.items()}
@@ -353,7 +350,7 @@ class Session:
         """Goes on with a smaller network."""
         assert self.shrunk is not None
         whole = self.shrunk if self.came is None else self.shrunk.after(self.came)
-        self.state = self.state.evolve(model=model, masks=masks, forms=forms, lineage=whole.to_dict())
+        self.state = self.state.evolve(model=model, masks=masks, forms=forms, lineage=whole)
         self._loss, self._waiting = None, {}  # its parameters, if any, are those of the larger network's features
         self._look_at_network()
 

@@ -36,14 +36,16 @@ def labelled(model: nn.Module, example: Example, fallbacks: Fallbacks, refused: 
         trace, used = _run(model, example, modules, constraints, fallbacks, training=False)
         traces.append(trace)
         if any(id(tensor) not in used for tensor, _ in parameters.values()):  # an auxiliary head, for example
-            work = list(constraints.work)
+            both = constraints.copy()
             try:
-                second, more = _run(model, example, modules, constraints, fallbacks, training=True)
+                second, more = _run(model, example, modules, both, fallbacks, training=True)
+            except SurgeryError:  # nothing that half a run said holds
+                log.debug("the model does not run in training mode on the example; auxiliary heads are not analysed")
+            else:
+                both.work = constraints.work
+                constraints = both
                 traces.append(second)
                 used |= more
-            except SurgeryError:
-                log.debug("the model does not run in training mode on the example; auxiliary heads are not analysed")
-            constraints.work = work
         idle = [name for name, (tensor, _) in parameters.items() if id(tensor) not in used]
         refused = tuple(dict.fromkeys((*refused, *_undecided(traces, idle, constraints))))
     finally:

@@ -232,6 +232,10 @@ class Refused(Exception):
         self.trace = 0  # which of the plan's traces
 
 
+class BrokenRule(Exception):
+    """An operator's rule failed otherwise than by saying that it does not know: a bug of ours."""
+
+
 def _restore(states: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
     for plain, state, buffers in states:
         plain.clear()
@@ -309,7 +313,7 @@ def execute(model: nn.Module, example: Example, tracer: Tracer, training: bool) 
     with _quiet(tracer, training):
         try:
             return [t for t in tree_leaves(_plain(call_model(model, example))) if isinstance(t, Tensor)]
-        except Refused:
+        except (Refused, BrokenRule):
             raise
         except Exception as error:
             raise tracer.failed(f"{type(error).__name__}: {first_line(error)}"[:200]) from error

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prune_cli import masks as masking
 from prune_cli.errors import SurgeryError
-from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.layers.replacing import kind_named
 from prune_cli.masks import Masks
 from prune_cli.structure import reference
 from prune_cli.structure.lineage import Lineage
@@ -99,7 +99,7 @@ def checked(
     with evaluating(model), evaluating(shrunk.model):
         for inputs in check_on:
             _agree(model, shrunk, inputs)
-    left = {name: _left(name, mask, shrunk) for name, mask in masks.items()}
+    left = _left(masks, shrunk)
     whole = shrunk.lineage if lineage is None else shrunk.lineage.after(lineage)
     return Small(shrunk.model, {name: mask for name, mask in left.items() if not bool(mask.all())}, whole)
 
@@ -121,10 +121,13 @@ def _agree(model: nn.Module, shrunk: Shrunk, inputs: Any) -> None:
         )
 
 
-def _left(name: str, mask: Tensor, shrunk: Shrunk) -> Tensor:
-    """A mask in the shape of the parameter of the smaller network."""
-    mask = masking.sliced(mask, shrunk.lineage.kept.get(name, {}))
-    layer = shrunk.model.get_submodule(name.rpartition(".")[0])
-    if not isinstance(layer, StripeConv2d) or not name.endswith("weight"):
-        return mask
-    return layer.rows(mask.expand(layer.out_channels, layer.weight.shape[1], *layer.kernel_size))
+def _left(masks: Masks, shrunk: Shrunk) -> dict[str, Tensor]:
+    """The masks in the shapes of the parameters of the smaller network."""
+    kept = shrunk.lineage.kept
+    left = {name: masking.sliced(mask, kept.get(name, {})) for name, mask in masks.items()}
+    for module, one in shrunk.lineage.replaced.items():
+        own = {name: left.pop(name) for name in list(left) if name.startswith(f"{module}.")}
+        inside = {name[len(module) + 1 :]: mask for name, mask in own.items()}
+        inside = kind_named(one.kind).masks_left(shrunk.model.get_submodule(module), inside)
+        left |= {f"{module}.{name}": mask for name, mask in inside.items()}
+    return left
