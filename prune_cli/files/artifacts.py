@@ -123,6 +123,7 @@ def new_file(path: Path) -> Iterator[Path]:
             sync(temporary)
             temporary.chmod(0o644)
             os.replace(temporary, path)
+            sync(path.parent)  # the new name itself has to survive a crash
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -17,8 +17,8 @@ from prune_cli import masks as masking
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import SurgeryError
 from prune_cli.granularities.filter import kept_units
-from prune_cli.granularities.spatial import check_scores, many_positions, with_such_units
-from prune_cli.granularities.units import Context, FindPlan, Group
+from prune_cli.granularities.spatial import many_positions, with_such_units
+from prune_cli.granularities.units import Context, FindPlan, Group, Units
 from prune_cli.layers import replacing, stripes
 from prune_cli.layers.kind import Data
 from prune_cli.masks import Masks
@@ -30,7 +30,7 @@ from prune_cli.structure.interpreter import call_model
 from prune_cli.structure.lineage import Replacement
 from prune_cli.structure.modes import evaluating
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import targets
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 stripe is a whole fil
 
 
 @dataclass(frozen=True)
-class Stripe:
+class Stripe(Units):
     """Every stripe is a unit; the stripes of a whole layer compete, not those of each filter.
 
     A stripe's score is the sum over its input channels: with criterion=l1 its L1 norm, with l2 its squared L2 norm.
@@ -53,25 +53,24 @@ class Stripe:
             so at batch 1 and 64, measured on the network's device; the others stay dense under their masks.
     """
 
+    name: ClassVar[str] = "stripe"
     budgets: ClassVar[tuple[str, ...]] = ("macs", "params")
+    shrinks: ClassVar[bool] = True
 
     convert: Literal["all", "faster"] = "all"
 
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-        """Stripes need scores per element and kernels larger than 1x1."""
-        check_scores("stripe", ratios, criterion)
-        with_such_units(model, ratios, many_positions, "stripe", NEEDS)
+        """Kernels larger than 1x1 must be there."""
+        with_such_units(model, ratios, many_positions, self.name, NEEDS)
 
     def groups(self, context: Context) -> list[Group]:
         """One group per convolution."""
-        asked = with_such_units(context.model, context.ratios, many_positions, "stripe", NEEDS)
+        asked = with_such_units(context.model, context.ratios, many_positions, self.name, NEEDS)
         return [_group(context, name, ratio) for name, ratio in asked.items()]
 
     def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept stripes' values and one bit per stripe."""
-        return {
-            f"{name}.weight": MaskFormat("stripe") for name, module in layers(model).items() if many_positions(module)
-        }
+        return {name: MaskFormat("stripe") for name, target in targets(model).items() if many_positions(target.module)}
 
     def complete(
         self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
@@ -110,11 +109,7 @@ class Stripe:
 
 
 def _group(context: Context, name: str, ratio: float) -> Group:
-    scores = context.scores[name]
-    pooled = scores.sum(1)
-    if name in context.masked:
-        alive = context.masked[name].to(scores.device).expand(scores.shape).any(1)
-        pooled = pooled.masked_fill(~alive, float("-inf"))
+    pooled = context.pooled(name, 1, 1)
 
     def mask(keep: Tensor) -> dict[str, Tensor]:
         return {name: keep.view(pooled.shape).unsqueeze(1)}

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prune_cli.structure.prunable import owner
+
 
 def _size(shape: Iterable[int]) -> int:
     return reduce(mul, shape, 1)
@@ -88,7 +90,7 @@ class MacCounter(TorchDispatchMode):
             for operand in operands:
                 name = self.owners.get(operand.untyped_storage()._cdata)
                 if name is not None:
-                    module, density = name.rpartition(".")[0], density * self.alive(name, operand)
+                    module, density = owner(name), density * self.alive(name, operand)
             total = self.macs.setdefault(module, [0, 0.0])
             total[0] += macs
             total[1] += macs * density

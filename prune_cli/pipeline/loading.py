@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prune_cli.config.nodes import TRUSTED, locate, resolve
 from prune_cli.data.dataset import Dataset
-from prune_cli.errors import ConfigError, PruneError
+from prune_cli.errors import ConfigError, PruneError, first_line
 from prune_cli.files import artifacts, builders, pruned
 from prune_cli.files.weights import load_weights
 from prune_cli.measure.storage import MaskFormat
@@ -48,7 +48,7 @@ def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: 
             except Exception as error:  # a builder of the user's own can raise anything
                 if str(node["_target_"]).startswith(TRUSTED):
                     raise
-                reason = (str(error).splitlines() or [""])[0]
+                reason = first_line(error)
                 raise ConfigError(f"model: {node['_target_']} raised {type(error).__name__}: {reason}") from error
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model._target_: {node['_target_']} made a {type(model).__name__}, not a torch module")

@@ -21,11 +21,10 @@ from prune_cli.masks import Masks
 from prune_cli.selection import budget as budgets
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import Limits, Ranking, even, rank
-from prune_cli.selection.ranking import normalized as normalized
 from prune_cli.structure import slicing
 from prune_cli.structure.keep import spared
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.prunable import output_axis, weight_of
+from prune_cli.structure.prunable import target
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +123,8 @@ def scored(
         kept: group name -> units that will stay, instead of a share; for the same.
     """
     model, asked = context.model, context.ratios
-    norms = sites.norms(model, context.example_inputs) if "norm" in criterion.needs else {}
-    rows = rows_kept(granularity, context, share, kept) if "n_keep" in criterion.needs else {}
+    norms = sites.norms(model, context.example_inputs) if criterion.reads("structure") else {}
+    rows = rows_kept(granularity, context, share, kept) if criterion.reads("request") else {}
     scores = {
         name: score_of(
             model,
@@ -234,7 +233,7 @@ def rows_kept(
     A choice by equal scores is made and its masks are counted, so that coupled layers get their family's number.
     """
     model, asked = context.model, context.ratios
-    blank = {name: torch.zeros(weight_of(model, name).shape[output_axis(model, name)]) for name in asked}
+    blank = {name: torch.zeros(target(model, name).channels) for name in asked}
     groups = granularity.units.groups(replace(context, scores=blank))
     kept = {name: scores.numel() for name, scores in blank.items()}
     if counts is None:
@@ -242,7 +241,7 @@ def rows_kept(
     else:
         keeps = keep_counts(ordered(groups), counts)
     for name, mask in combined(model, groups, keeps).items():
-        axis = output_axis(model, name) if name in kept else 0
+        axis = target(model, name).axis if name in kept else 0
         if name in kept and mask.shape[axis] == kept[name]:  # masks of input channels alone have one row for all
             kept[name] = int(mask.movedim(axis, 0).flatten(1).any(1).sum())
     return kept

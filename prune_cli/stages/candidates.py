@@ -187,7 +187,7 @@ class _Trial:
     def selection(self, kept: Kept) -> Selection:
         """The masks of a candidate, chosen on the network as it was; scores are found once for all candidates."""
         session = self._session
-        if "n_keep" in session.criterion.needs or self._groups is None:
+        if session.criterion.reads("request") or self._groups is None:
             with _with_weights(session.model, self.weights):
                 self._groups = session.scored(self._statistics, kept)
         return chosen(session.model, self._groups, keep_counts(ordered(self._groups), kept), None)

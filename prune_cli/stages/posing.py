@@ -22,9 +22,7 @@ from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import names_of
 from prune_cli.structure.keep import removed
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.prunable import layers as prunable
-from prune_cli.structure.prunable import weight_of
-from prune_cli.structure.verified import Shrinks
+from prune_cli.structure.prunable import target, targets
 
 
 def pose(
@@ -52,7 +50,7 @@ def pose(
         budget: the quantity of the target and what may remain, where that was settled before the network shrank.
         rough: predict times from one of the whole network, for a first look.
     """
-    blank = {name: torch.zeros(()).expand(weight_of(model, name).shape) for name in asked}
+    blank = {name: torch.zeros(()).expand(target(model, name).weight.shape) for name in asked}
     groups = granularity.units.groups(
         Context(model, example_inputs, blank, asked, masked, granularity.dependency, plan)
     )
@@ -72,7 +70,7 @@ def pose(
         budget=0.0,
         arithmetic=arithmetic,
         countable=not any(group.choose for group in groups),
-        shrinks=granularity.shrink and isinstance(granularity.units, Shrinks),
+        shrinks=granularity.shrink and granularity.units.shrinks,
         tags=tuple(tags),
         seed=seed,
     )
@@ -97,7 +95,8 @@ def _layers(model: nn.Module, cost: costs.Cost) -> dict[str, tuple[int, Layer]]:
     """Every layer that can be pruned by its name, with its place among them."""
     counted = {layer.name: layer for layer in cost.layers}
     found = {}
-    for depth, (name, module) in enumerate(prunable(model).items()):
+    for depth, one in enumerate(targets(model).values()):
+        name, module = one.layer, one.module
         stride = getattr(module, "stride", 1)
         layer = counted.get(name)
         found[name] = (
@@ -105,7 +104,7 @@ def _layers(model: nn.Module, cost: costs.Cost) -> dict[str, tuple[int, Layer]]:
             Layer(
                 name,
                 type(module).__name__,
-                tuple(weight_of(model, f"{name}.weight").shape),
+                tuple(one.weight.shape),
                 tuple(layer.output_shape) if layer else (),
                 max(stride) if isinstance(stride, tuple) else int(stride),
                 layer.macs if layer else 0,

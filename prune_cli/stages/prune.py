@@ -9,7 +9,6 @@ from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.statistics import Calibration
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.units import Coupled
 from prune_cli.pipeline.stage import Parameters, Stage
 from prune_cli.pipeline.state import State
 from prune_cli.schedules.requests import Evaluate, Mask, Request, Train
@@ -111,7 +110,7 @@ def _first(state: State, granularity: Granularity, schedule: Schedule) -> Reques
 
 def _check_coupling(state: State, granularity: Granularity) -> None:
     """Refuses to prune by other norms than those that an earlier stage made sparse."""
-    if state.sparse_norms is None or not isinstance(granularity.units, Coupled):
+    if state.sparse_norms is None or not granularity.units.coupled:
         return
     matching = {"inner": ("inner_only",), "all": ("group", "union_keep")}[state.sparse_norms]
     if granularity.dependency not in matching:

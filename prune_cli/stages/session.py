@@ -34,7 +34,7 @@ from prune_cli.training import admm
 from prune_cli.training import fit as loop
 from prune_cli.training.distributed import ALONE, same_masks
 from prune_cli.training.fit import Progress
-from prune_cli.training.movement import SUMMED
+from prune_cli.training.step_sums import StepSum, summed
 from prune_cli.training.training import Training
 
 log = logging.getLogger(__name__)
@@ -153,10 +153,10 @@ class Session:
     def statistics(self, criterion: Criterion) -> Statistics:
         """What a criterion needs: measured on the network as it is now, and summed up while it trained."""
         found = statistics_of(self.state, criterion, list(self.asked), self.calibration)
-        for need in criterion.needs:
-            if need in SUMMED and self.clock.progress:
+        for need in criterion.entries:
+            if need.source == "training" and self.clock.progress:
                 for name in found:
-                    found[name][need] = SUMMED[need][1](self.clock.progress.memory, name, self.state.device)
+                    found[name][need.name] = summed(need, self.clock.progress.memory, name, self.state.device)
         return found
 
     def select(
@@ -277,8 +277,8 @@ class Session:
             assert progress.optimizer is not None
             return float(progress.optimizer.param_groups[0]["lr"])
 
-        summed = [SUMMED[need][0] for need in self.criterion.needs if need in SUMMED]
-        hooks: list[loop.Regularise] = [make(self.model, list(self.asked), rate) for make in summed]
+        needs = [need for need in self.criterion.entries if need.source == "training"]
+        hooks: list[loop.Regularise] = [StepSum(need, self.model, list(self.asked), rate) for need in needs]
         if penalty:
             if self.splitting.rho is None:
                 raise ScheduleError("schedule: it asks for the penalty of a projection before the first `Project`")

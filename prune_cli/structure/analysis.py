@@ -22,6 +22,7 @@ from prune_cli.structure.interpreter import Example, Fallbacks, Modules, Trace
 from prune_cli.structure.labels import Constraints, flat, marks_of
 from prune_cli.structure.modules import named_tensors, walk
 from prune_cli.structure.plan import AxisOf, Family, Plan, Tally
+from prune_cli.structure.prunable import owner
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def _families(roles: list[tuple[AxisOf, np.ndarray, str]], size: int) -> list[Fa
     parts = np.split(order, np.cumsum(np.bincount(family[1:], minlength=len(first)))[:-1]) if len(first) else []
     return [
         Family(
-            roles_["producers"][0][0].rpartition(".")[0] or roles_["producers"][0][0],
+            owner(roles_["producers"][0][0]) or roles_["producers"][0][0],
             units,
             tuple(roles_["producers"]),
             tuple(roles_["consumers"]),
@@ -245,7 +246,7 @@ def _tally(
             for axis in mine:
                 fixed //= tensor.shape[axis]
             params.append((fixed, [shared(ids) for ids in mine.values()]))
-            layers.append(name.rpartition(".")[0])
+            layers.append(owner(name))
     macs, mac_layers = [], []
     for work in constraints.work:
         static, which = work.static, []

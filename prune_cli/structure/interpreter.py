@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prune_cli.errors import SurgeryError
+from prune_cli.errors import SurgeryError, first_line
 from prune_cli.structure.labels import Marks, marks_of
 from prune_cli.structure.shape_only import HEAVY, LIGHT, SHAPED, VIEWS, ZeroBlocks, product, shaped, skipped
 
@@ -316,7 +316,7 @@ def execute(model: nn.Module, example: Example, tracer: Tracer, training: bool) 
         except (Refused, BrokenRule):
             raise
         except Exception as error:
-            raise tracer.failed(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
+            raise tracer.failed(f"{type(error).__name__}: {first_line(error)}"[:200]) from error
 
 
 def _plain(output: Any) -> Any:

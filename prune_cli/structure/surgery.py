@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -150,8 +150,3 @@ def repoint(
             if isinstance(value, Tensor) and value.shape == old.shape:
                 state[key] = sliced(value, kept.get(name, {}))
         optimizer.state[new] = state
-
-
-def relative(shrunk: Shrunk, first: Lineage) -> Shrunk:
-    """The same result with a lineage that starts from the dense network of `first`."""
-    return replace(shrunk, lineage=shrunk.lineage.after(first))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,8 @@ TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output: rounding in float32 stays far below."""
 
 
-@runtime_checkable
 class Shrinks(Protocol):
-    """Units of a granularity that can be taken out of a network, not only masked."""
+    """Units of a granularity that can be taken out of a network; those that can declare it."""
 
     def shrink(
         self, model: nn.Module, example_inputs: Any, masks: Masks, plan: Callable[[], Plan] | None = None
