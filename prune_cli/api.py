@@ -15,26 +15,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from torch import Tensor, nn
 
 from prune_cli.config.locations import options
 from prune_cli.config.nodes import resolve
 from prune_cli.criteria.criterion import Criterion, LayerView
+from prune_cli.criteria.scoring import view_of
 from prune_cli.criteria.statistics import Statistics, collect
 from prune_cli.errors import ConfigError, nearest
 from prune_cli.files import artifacts, builders, pruned
 from prune_cli.files.pruned import Record
 from prune_cli.granularities.filter import Filter
-from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.layers.replacing import closed
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import Normalize
 from prune_cli.selection.select import select
 from prune_cli.selection.targets import Rule
 from prune_cli.structure import surgery, verified
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import targets
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,6 @@ ORIGIN = "_prune_record"
 
 Score = Callable[[LayerView], Tensor]
 Loss = Callable[[nn.Module, Any, Tensor], Tensor]
-
-OF_ANY_INPUTS = frozenset({"taylor", "taylor_filter", "n_keep"})
-"""Needs that are met by the loss alone: whatever the model's inputs are, only the loss touches them."""
 
 
 def shrink(
@@ -87,12 +84,12 @@ def shrink(
 
     Raises:
         ConfigError: a name that is not there, a value out of range, data missing that the criterion needs, or a network
-            of stripes.
+            of layers that cannot be sliced (stripes).
         SurgeryError: the model does not run on the example inputs, or cannot be shrunk as asked.
     """
-    if any(isinstance(module, StripeConv2d) for module in model.modules()):
+    if parts := closed(model):
         raise ConfigError(
-            "this network consists of single stripes, whose channels cannot be cut any more; shrink the network that they "
+            f"this network consists of {parts}, whose channels cannot be cut any more; shrink the network that they "
             "were taken from, or let prune run stages=[...,prune] go on from it"
         )
     chosen = _criterion(criterion, model)
@@ -199,13 +196,9 @@ def _criterion(given: str | Score | Criterion, model: nn.Module) -> Criterion:
 
 def _level(score: Score, model: nn.Module) -> Literal["element", "channel"]:
     """What one score of a function stands for, seen on the first layer."""
-    for name, layer in layers(model).items():
-        weight = getattr(layer, "weight").detach()  # noqa: B009 - Module.__getattr__ is typed too wide
-        bias = getattr(layer, "bias", None)
-        view = LayerView(
-            f"{name}.weight", weight, None if bias is None else bias.detach(), torch.Generator().manual_seed(0)
-        )
-        return "element" if score(view).shape == weight.shape else "channel"
+    for name in targets(model):
+        view = view_of(model, name, 0)
+        return "element" if score(view).shape == view.weight.shape else "channel"
     raise ConfigError(f"{type(model).__name__} has no convolution and no linear layer to shrink")
 
 
@@ -218,9 +211,10 @@ def _statistics(
     names: list[str],
 ) -> Statistics:
     """What the criterion needs, measured on the batches."""
-    if not isinstance(example_inputs, Tensor) and (left := set(criterion.needs) - OF_ANY_INPUTS):
+    left = sorted(need.name for need in criterion.entries if not need.any_inputs)
+    if left and not isinstance(example_inputs, Tensor):
         raise ConfigError(
-            f"criterion: {', '.join(sorted(left))} can only be measured on models of one input tensor; choose one that "
+            f"criterion: {', '.join(left)} can only be measured on models of one input tensor; choose one that "
             "reads the weights, such as l1 or fpgm, or taylor_group"
         )
     examples = list(batches) if requirements.needs_images(criterion) else []

@@ -51,6 +51,12 @@ class SurgeryError(PruneError):
     exit_code = 7
 
 
+class ScheduleError(PruneError):
+    """A schedule that asks for something that cannot be done, or finds no way to its target."""
+
+    exit_code = 8
+
+
 class Interrupted(PruneError):
     """SIGINT or SIGTERM arrived and a resumable checkpoint was written; the same command goes on from there."""
 
@@ -64,3 +70,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     if close:
         return "; did you mean " + " or ".join(repr(match) for match in close) + "?"
     return "; there is " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

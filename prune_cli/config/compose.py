@@ -9,7 +9,7 @@ from typing import Any
 
 from prune_cli.config import option_files
 from prune_cli.config.locations import GROUPS, options, searchpath, shipped
-from prune_cli.errors import ConfigError, nearest
+from prune_cli.errors import ConfigError, first_line, nearest
 
 
 def require_recipe(overrides: list[str]) -> None:
@@ -131,7 +131,7 @@ def translate(error: Exception, overrides: list[str]) -> Exception:
     if match := re.search(r"Error parsing override '([^']*)'", text):
         return ConfigError(f"{match.group(1)!r} is not an override; write key=value, for example seed=1")
     if match := re.search(r"Error merging override ([^=\s]+)=", text):
-        reason = (str(error.__cause__ or "").splitlines() or [""])[0]
+        reason = first_line(error.__cause__) if error.__cause__ else ""
         return ConfigError(
             f"{match.group(1).lstrip('+')}: the value is of another kind than in the recipe{reason and ': ' + reason}"
         )

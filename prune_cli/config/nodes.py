@@ -78,6 +78,11 @@ def resolve(node: Any, path: str, annotation: Any = None, runtime: Sequence[str]
         values = typing.get_args(annotation)[1]
         if _dataclass_in(values):
             return {str(key): resolve(value, f"{path}.{key}", values) for key, value in node.items()}
+    if isinstance(node, list | tuple) and any(isinstance(value, Mapping) and "_target_" in value for value in node):
+        node = [
+            resolve(value, f"{path}[{index}]") if isinstance(value, Mapping) else value
+            for index, value in enumerate(node)
+        ]
     if annotation is None:
         if isinstance(node, Mapping):
             return {key: resolve(value, f"{path}.{key}") for key, value in node.items()}

@@ -1,25 +1,7 @@
 """What every criterion is given and what it must say of itself. The criteria are in the files beside this one.
 
-A criterion names in `needs` what it reads besides the weights. Then it is known without running anything whether it
-is legal, and `statistics.collect` measures exactly that:
-
-    measured on calibration images
-      not_positive     (channels,) share of a channel's outputs that a ReLU makes 0
-      mean             (channels,) mean of a channel's outputs after a ReLU
-      rank             (channels,) mean matrix rank of a channel's feature map
-      input_norm       broadcasts to the weight: L2 norm of the inputs that a weight meets, over all images
-      gradient         like the weight: gradient g of the mean loss over all images
-      taylor           like the weight: sum over batches of (g * w) ** 2
-      taylor_filter    (channels,) sum over batches of (sum over the filter of g * w) ** 2
-      taylor_gate      (channels,) sum over batches of (g_scale * scale + g_shift * shift) ** 2, 0 without a norm
-      fisher           like the weight: mean over images, one at a time, of g ** 2
-    measured without images
-      synaptic_flow    like the weight: share of the network's flow that passes the weight
-    summed up while the prune stage trains
-      movement         like the weight: sum over steps of -lr * g * w
-    known from the network and the request
-      norm             `LayerView.norm`
-      n_keep           `LayerView.n_keep`
+A criterion names in `needs` what it reads besides the weights: names of the table in `needs.py`, or entries of one's own.
+Then it is known without running anything whether it is legal, and `statistics.collect` measures exactly that.
 """
 
 from __future__ import annotations
@@ -31,13 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prune_cli.criteria.needs import Need, Source, find
+
 At = Literal["post_act", "pre_norm"]
 """Where outputs are measured: where the channel's norm and activation end, or at the layer itself."""
-
-Need = Literal[
-    "not_positive", "mean", "rank", "input_norm", "gradient", "taylor", "taylor_filter", "taylor_gate", "fisher",
-    "synaptic_flow", "movement", "norm", "n_keep",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,11 +66,24 @@ class Criterion:
         score: layerView -> scores, higher = keep; shaped like the weight for `element`, (channels,) for `channel`.
             Element scores pool to coarser units by summation.
         level: what one score stands for.
-        needs: what `score` reads besides weight, bias and generator; see the top of this file.
+        needs: what `score` reads besides weight, bias and generator: names in `needs.NEEDS`, or entries of one's own.
         at: where outputs are measured, for the needs that are about outputs.
     """
 
     score: Callable[[LayerView], Tensor]
     level: Literal["element", "channel"] = "element"
-    needs: tuple[Need, ...] = ()
+    needs: tuple[Need | str, ...] = ()
     at: At = "post_act"
+
+    def __post_init__(self) -> None:
+        for need in self.needs:
+            find(need)
+
+    @property
+    def entries(self) -> tuple[Need, ...]:
+        """What `needs` names."""
+        return tuple(find(need) for need in self.needs)
+
+    def reads(self, *sources: Source) -> bool:
+        """Whether any of the needs comes from one of the sources."""
+        return any(need.source in sources for need in self.entries)

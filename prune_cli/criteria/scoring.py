@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion, LayerView, Norm
-from prune_cli.errors import ConfigError
+from prune_cli.errors import ConfigError, first_line
 from prune_cli.structure import prunable
 
 
@@ -28,10 +28,10 @@ def score_of(
     Raises:
         ConfigError: something that the criterion needs was not measured, or the scores cannot be ranked.
     """
-    for need in criterion.needs:
-        if need not in ("norm", "n_keep") and need not in statistics:
-            raise ConfigError(f"criterion: needs the statistic {need!r} of {name}, which was not measured")
-    score = _scored(criterion, replace(_view(model, name, seed), statistics=statistics, n_keep=n_keep, norm=norm))
+    for need in criterion.entries:
+        if need.is_statistic and need.name not in statistics:
+            raise ConfigError(f"criterion: needs the statistic {need.name!r} of {name}, which was not measured")
+    score = _scored(criterion, replace(view_of(model, name, seed), statistics=statistics, n_keep=n_keep, norm=norm))
     if score.amax().isnan():  # the largest of all is nan where any is
         raise ConfigError(f"criterion: scores of {name} contain nan")
     return score
@@ -44,19 +44,18 @@ def try_out(criterion: Criterion, model: nn.Module, name: str) -> None:
         ConfigError: it fails, or its scores cannot be used.
     """
     if not criterion.needs and not _is_ours(criterion):
-        _scored(criterion, _view(model, name, 0))
+        _scored(criterion, view_of(model, name, 0))
 
 
-def _view(model: nn.Module, name: str, seed: int) -> LayerView:
+def view_of(model: nn.Module, name: str, seed: int) -> LayerView:
     """A weight as criteria see it that need nothing else."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    bias = getattr(module, "bias", None)
+    target = prunable.target(model, name)
     return LayerView(
         name,
-        prunable.weight_of(model, name).detach(),
-        None if bias is None else bias.detach(),
+        target.weight.detach(),
+        None if target.bias is None else target.bias.detach(),
         torch.Generator().manual_seed(seed),
-        axis=prunable.output_axis(model, name),
+        axis=target.axis,
     )
 
 
@@ -71,7 +70,7 @@ def _scored(criterion: Criterion, view: LayerView) -> Tensor:
     except Exception as error:
         if _is_ours(criterion):
             raise
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise ConfigError(f"criterion: scoring {view.name} raised {type(error).__name__}: {reason}") from error
     if not isinstance(score, Tensor):
         raise ConfigError(f"criterion: scores of {view.name} are a {type(score).__name__}, not a tensor")

@@ -120,13 +120,13 @@ class OutputTracker(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, reached: Reached, layer: Layer | None = None) -> None:
         super().__init__()
-        layers = prunable.layers(model)
+        targets = prunable.targets(model)
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.biases = {f"{name}.weight": getattr(module, "bias", None) for name, module in layers.items()}
+        self.biases = {name: target.bias for name, target in targets.items()}
         self.weights: dict[int, tuple[str, Tensor]] = {  # weights and views of them, kept so that ids stay theirs
-            id(weight): (f"{name}.weight", weight)
-            for name, module in layers.items()
-            if (weight := module._parameters.get("weight")) is not None  # not computed from others
+            id(weight): (name, weight)
+            for name, target in targets.items()
+            if (weight := target.module._parameters.get("weight")) is not None  # not computed from others
         }
         self.trails: dict[int, list[TrackedOutput]] = {}
         self.reached, self.layer = reached, layer

@@ -23,7 +23,7 @@ from prune_cli.data.augment import Augment
 from prune_cli.data.cifar_pickle import read_batch
 from prune_cli.data.fake import stand_in
 from prune_cli.data.normalization import Normalize, statistics
-from prune_cli.errors import DataError
+from prune_cli.errors import DataError, first_line
 
 _PIXELS = 3 * 32 * 32
 _URL = "https://www.cs.toronto.edu/~kriz/"
@@ -279,7 +279,7 @@ def fetch(layout: Layout, root: Path) -> None:
                 tar.extractall(scratch, filter="data")
             os.replace(Path(scratch) / layout.binary_folder, root / layout.binary_folder)
     except (OSError, RuntimeError, tarfile.TarError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(
             f"downloading {_URL}{layout.archive} into {root.absolute()} failed ({reason}): "
             f"fetch it elsewhere and put the folder {layout.binary_folder} there"

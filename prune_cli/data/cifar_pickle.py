@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prune_cli.errors import DataError
+from prune_cli.errors import DataError, first_line
 
 
 class _Array:
@@ -82,7 +82,7 @@ def read_batch(raw: bytes, label_key: bytes, path: Path) -> tuple[np.ndarray, np
         pixels = _pixels(batch[b"data"])
         labels = np.array([int(label) for label in batch[label_key]], dtype=np.int64)
     except Exception as error:  # a crafted pickle can make the unpickler raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"{path} is not a CIFAR batch and was not loaded: {reason}") from None
     if pixels.shape != (len(labels), 3072) or not len(labels):
         raise DataError(f"{path} holds pixels {pixels.shape} for {len(labels)} labels; need (N, 3072)")

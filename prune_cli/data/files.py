@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prune_cli.errors import DataError
+from prune_cli.errors import DataError, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def read_image(path: Path, channels: int) -> Image.Image:
                 return Image.fromarray(high.astype(np.uint8)).convert("L" if channels == 1 else "RGB")
             return image.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" {str(path)!r}", "")
+        reason = first_line(error).replace(f" {str(path)!r}", "")
         raise DataError(f"cannot read the image {path}: {reason}; replace or remove it") from None
 
 

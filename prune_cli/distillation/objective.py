@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from prune_cli.distillation.distillation import Loss, Term
 from prune_cli.distillation.features import Taps, looked_at, outputs, pairs
-from prune_cli.errors import ConfigError, PruneError
+from prune_cli.errors import ConfigError, PruneError, first_line
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def prepared(term: Term, student: nn.Module, teacher: nn.Module, images: Tensor,
         except PruneError as error:
             raise type(error)(f"{key}: {error}") from error
         except Exception as error:  # a term of the user's own can raise anything
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             raise ConfigError(f"{key}.loss fails on two images: {type(error).__name__}: {reason}") from error
     if not isinstance(value, Tensor) or value.dim():
         found = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -33,6 +33,11 @@ COMPRESSED = "weights.compressed"
 LOG = "run.log"
 
 
+def remembered(tag: str) -> str:
+    """The file of a snapshot that a train stage keeps; `*` for all of them."""
+    return f"remembered_{tag}.safetensors"
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of results.csv: one finished stage. None where a quantity does not apply or was not measured.
@@ -118,6 +123,7 @@ def new_file(path: Path) -> Iterator[Path]:
             sync(temporary)
             temporary.chmod(0o644)
             os.replace(temporary, path)
+            sync(path.parent)  # the new name itself has to survive a crash
         finally:
             temporary.unlink(missing_ok=True)
 

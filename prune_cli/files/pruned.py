@@ -1,13 +1,14 @@
 """A pruned network as files: `pruned.yaml` says what it is, `weights.safetensors` holds its numbers.
 
-    format: 1
+    format: 2
     model: {builder: prune_cli.models.vgg.vgg, arguments: {depth: 16, ...}}
     num_classes, in_shape      what the builder is given besides
     widths                     layer -> outputs of every convolution and linear layer
     cfg, projection            the same as the builder takes them, where it can build the small network from widths
     kept                       which positions of the dense network's parameters and buffers are left, as ranges
     attributes, scales         numbers in modules that followed; factors on parameters (see surgery.Lineage)
-    stripes                    convolution -> numbers of its stripes, where it is a stripe_conv.StripeConv2d
+    replaced                   module -> kind and data of what replaces it; `inside`, if anything: its kept, attributes,
+                               scales and replaced, by names inside it (format 1 has `stripes`: convolution -> numbers)
     dense_sha256               of the dense network's weights, as in results.csv
     masks                      file of masks, where weights are masked inside the tensors
     sha256                     of the files beside it
@@ -15,7 +16,7 @@
 
 A compressed file says the same in its header, without masks and hashes. Loading builds the dense network, takes out
 what `kept` leaves out, and fills in the weights. Only builders of this package are called, on plain values; anything
-else, and any change by hand, is refused.
+else, and any change by hand, is refused. So are kinds of replaced layers that are not in `layers.replacing.KINDS`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,21 @@ from torch import Tensor, nn
 
 from prune_cli import masks as masking
 from prune_cli.compression import container
-from prune_cli.errors import CheckpointError, ConfigError, SurgeryError
+from prune_cli.errors import CheckpointError, ConfigError, SurgeryError, nearest
 from prune_cli.files import artifacts
 from prune_cli.files.builders import FAMILIES, PLAIN, build, construct
 from prune_cli.files.fitting import fit_weights
 from prune_cli.files.weights import load_weights, read_state_dict, write_weights
 from prune_cli.hashing import file_sha256
-from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.layers import replacing, stripes
+from prune_cli.ranges import indices_of, ranges
 from prune_cli.structure import rebuild
-from prune_cli.structure.lineage import Lineage
+from prune_cli.structure.lineage import Lineage, Replacement
 from prune_cli.structure.prunable import PRUNABLE
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)  # that are read
+DEPTH = 8  # of replaced modules inside replaced modules, at most
 HEADER = "# A pruned network, to be loaded by prune_cli.load_pruned(FOLDER). Not to be edited: it carries checksums.\n"
 
 
@@ -107,10 +110,7 @@ def description(model: nn.Module, record: Record) -> dict[str, Any]:
         "in_shape": record.node.get("in_shape") or (list(record.in_shape) if record.in_shape else None),
         "widths": recorded_widths(model),
         **_cfg(model, record),
-        "kept": _grouped(record.lineage),
-        "attributes": attributes,
-        "scales": {name: list(values) for name, values in record.lineage.scales.items()},
-        "stripes": {name: ranges(numbers) for name, numbers in record.lineage.stripes.items()},
+        **_content_of(replace(record.lineage, attributes=attributes)),
         "dense_sha256": record.dense_sha256,
     }
 
@@ -119,18 +119,34 @@ def recorded_widths(model: nn.Module) -> dict[str, int]:
     """Outputs of every convolution and linear layer, by dotted name."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, (*PRUNABLE, StripeConv2d)):
+        if (kind := replacing.kind_of(module)) is not None:
+            width = kind.out_width(module)
+        elif isinstance(module, PRUNABLE):
+            width = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
+        else:
             continue
-        width = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
-        assert isinstance(width, int)
-        found[name] = width
+        if width is not None:
+            found[name] = width
     return found
+
+
+def _content_of(lineage: Lineage) -> dict[str, Any]:
+    return {
+        "kept": _grouped(lineage),
+        "attributes": {name: dict(values) for name, values in lineage.attributes.items()},
+        "scales": {name: list(values) for name, values in lineage.scales.items()},
+        "replaced": {
+            name: {"kind": one.kind, "data": dict(one.data)}
+            | ({"inside": _content_of(one.inside)} if one.inside else {})
+            for name, one in lineage.replaced.items()
+        },
+    }
 
 
 def _cfg(model: nn.Module, record: Record) -> dict[str, Any]:
     """`cfg` (and `projection`) where the builder makes exactly this network from them, else nothing."""
     target = str(record.node.get("_target_"))
-    if not target.startswith(FAMILIES):
+    if not target.startswith(FAMILIES) or record.lineage.replaced or record.lineage.scales:
         return {}
     family = importlib.import_module(target.rpartition(".")[0])
     found = {
@@ -141,13 +157,13 @@ def _cfg(model: nn.Module, record: Record) -> dict[str, Any]:
         )
         if function is not None
     }
+    if not found:
+        return {}
     try:
         values = {key: function(model) for key, function in found.items()}
-        if not values:
-            return {}
         with torch.device("meta"):
             twin = construct(dict(record.node) | values, record.num_classes, record.in_shape)
-    except (ConfigError, AttributeError):
+    except ConfigError:  # another network than the family's, or one that its builder does not make from widths
         return {}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     same = shapes == {name: tensor.shape for name, tensor in twin.state_dict().items()}
@@ -157,7 +173,7 @@ def _cfg(model: nn.Module, record: Record) -> dict[str, Any]:
         name in modules and all(_plainly(getattr(modules[name], key, None)) == value for key, value in values_.items())
         for name, values_ in followed
     )
-    return values if same and not record.lineage.scales else {}
+    return values if same else {}
 
 
 def _plainly(value: Any) -> Any:
@@ -171,35 +187,6 @@ def _grouped(lineage: Lineage) -> list[dict[str, Any]]:
         for axis, indices in axes.items():
             sharing.setdefault(tuple(indices), []).append(f"{name} {axis}")
     return [{"axes": axes, "indices": ranges(indices)} for indices, axes in sharing.items()]
-
-
-def ranges(indices: tuple[int, ...]) -> str:
-    """Increasing indices as text: 0, 1, 2, 5, 7, 8 is `0-2 5 7-8`."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and index == parts[-1][1] + 1:
-            parts[-1][1] = index
-        else:
-            parts.append([index, index])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
-
-
-def indices_of(text: str) -> tuple[int, ...]:
-    """The inverse of `ranges`.
-
-    Raises:
-        ValueError: not increasing numbers and ranges.
-    """
-    found: list[int] = []
-    for part in str(text).split():
-        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
-        if not match:
-            raise ValueError(f"{part!r} is not an index or a range such as 3-7")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last - first > 10_000_000 or last < first or (found and first <= found[-1]):
-            raise ValueError(f"{part!r} does not go on upwards")
-        found.extend(range(first, last + 1))
-    return tuple(found)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -250,8 +237,28 @@ def _described(content: Mapping[str, Any], path: Path) -> tuple[Record, dict[str
         CheckpointError: of another format, or values that are never set.
         KeyError, TypeError, ValueError, AttributeError: not what `description` makes.
     """
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {content['format']!r} is not {FORMAT}, which this version reads")
+    if content["format"] not in FORMATS:
+        known = ", ".join(map(str, FORMATS))
+        raise CheckpointError(f"{path}: format {content['format']!r} is none of {known}, which this version reads")
+    lineage = _lineage(content, path)
+    if content["format"] == 1:
+        lineage = replace(lineage, replaced=_of_stripes(content.get("stripes", {})))
+    shape = content["in_shape"]
+    record = Record(
+        node={"_target_": content["model"]["builder"], **content["model"]["arguments"]},
+        lineage=lineage,
+        num_classes=content["num_classes"],
+        in_shape=None if shape is None else tuple(int(size) for size in shape),
+        dense_sha256=content["dense_sha256"],
+        cfg={key: content[key] for key in ("cfg", "projection") if key in content},
+    )
+    return record, {str(name): int(width) for name, width in content["widths"].items()}
+
+
+def _lineage(content: Mapping[str, Any], path: Path, depth: int = 0) -> Lineage:
+    """The inverse of `_content_of`; raises as `_described` does."""
+    if depth > DEPTH:
+        raise CheckpointError(f"{path}: more than {DEPTH} replaced modules inside each other")
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
     for group in content["kept"]:
         indices = indices_of(group["indices"])
@@ -259,17 +266,32 @@ def _described(content: Mapping[str, Any], path: Path) -> tuple[Record, dict[str
             name, axis = str(place).rsplit(" ", 1)
             kept.setdefault(name, {})[int(axis)] = indices
     scales = {str(name): tuple(map(float, values)) for name, values in content["scales"].items()}
-    stripes = {str(name): indices_of(numbers) for name, numbers in content.get("stripes", {}).items()}
-    shape = content["in_shape"]
-    record = Record(
-        node={"_target_": content["model"]["builder"], **content["model"]["arguments"]},
-        lineage=Lineage(kept, _attributes(content["attributes"], path), scales, stripes),
-        num_classes=content["num_classes"],
-        in_shape=None if shape is None else tuple(int(size) for size in shape),
-        dense_sha256=content["dense_sha256"],
-        cfg={key: content[key] for key in ("cfg", "projection") if key in content},
-    )
-    return record, {str(name): int(width) for name, width in content["widths"].items()}
+    replaced = {}
+    for name, one in content["replaced"].items() if content.get("format") != 1 else ():
+        if one["kind"] not in replacing.KINDS:
+            raise CheckpointError(
+                f"{path}: replaced.{name} is of a kind {one['kind']!r} that this version does not know"
+                f"{nearest(str(one['kind']), replacing.KINDS)}"
+            )
+        inside = _lineage(one["inside"], path, depth + 1) if "inside" in one else Lineage()
+        replaced[str(name)] = Replacement(one["kind"], _data(one["data"], f"{path}: replaced.{name}.data"), inside)
+    return Lineage(kept, _attributes(content["attributes"], path), scales, replaced)
+
+
+def _of_stripes(given: Mapping[str, Any]) -> dict[str, Replacement]:
+    """What format 1 says of convolutions that consist of stripes."""
+    return {str(name): Replacement("stripes", stripes.data_of(indices_of(numbers))) for name, numbers in given.items()}
+
+
+def _data(given: Any, where: str) -> dict[str, Any]:
+    """The data of a replacement, if they are plain values and lists of them."""
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{where} is {given!r}; it is a mapping of plain values")
+    for key, value in given.items():
+        for item in value if isinstance(value, list) else [value]:
+            if not (item is None or isinstance(item, (*PLAIN, str))):
+                raise CheckpointError(f"{where}.{key} holds {item!r}; only plain values and lists of them are read")
+    return {str(key): value for key, value in given.items()}
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -315,7 +337,6 @@ def load(folder: Path, model: nn.Module | None = None) -> nn.Module:
 def _rebuilt(record: Record, expected: Mapping[str, int], path: Path, model: nn.Module | None) -> nn.Module:
     """The small network of a record, with weights that do not matter yet."""
     dense = model if model is not None else build(record.node, record.num_classes, record.in_shape, str(path))
-    _settable(dense, record.lineage, path)
     try:
         small = rebuild.rebuild(dense, record.lineage)
     except (SurgeryError, RuntimeError, IndexError) as error:
@@ -373,16 +394,6 @@ def _fitting(masks: dict[str, Tensor], model: nn.Module, folder: Path) -> dict[s
                 f"{folder / artifacts.MASKS}: the mask of {name!r} {list(mask.shape)} does not fit the network"
             ) from error
     return masks
-
-
-def _settable(model: nn.Module, lineage: Lineage, path: Path) -> None:
-    """Refuses edits of anything but public numbers that the network's modules have already."""
-    modules = dict(model.named_modules())
-    for name, values in lineage.attributes.items():
-        for key in values:
-            old = getattr(modules.get(name), key, ())
-            if key.startswith("_") or not (old is None or isinstance(old, (*PLAIN, list, tuple))):
-                raise CheckpointError(f"{path}: attributes.{name}.{key} is no number of this network; it is not set")
 
 
 def read_cfg(path: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prune_cli.compression.container import read_compressed
-from prune_cli.errors import CheckpointError, StorageError
+from prune_cli.errors import CheckpointError
+from prune_cli.files.artifacts import new_file
 from prune_cli.files.fitting import fit_weights, listed
 from prune_cli.tensors import distinct
 
@@ -174,30 +175,9 @@ def write_weights(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLi
         # two names may still be different views of one memory, which safetensors refuses
         tensors[name] = dense.clone() if dense.untyped_storage().nbytes() != _nbytes(dense) else dense
     content = safetensors.torch.save(tensors)
-    _write_atomically(content, Path(path))
+    with new_file(Path(path)) as temporary:
+        temporary.write_bytes(content)
 
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _write_atomically(content: bytes, file: Path) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name itself has to survive a crash
-        finally:
-            os.close(folder)
-    except OSError as error:
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:
-            log.debug("could not remove %s", temporary)
-        raise StorageError(f"can't write {file}: {error.strerror or error}") from error

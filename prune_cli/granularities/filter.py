@@ -12,21 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.units import Context, Group, Structure, Vote
+from prune_cli.granularities.units import Context, FindPlan, Group, Structure, Units, Vote
 from prune_cli.masks import Masks
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure import slicing, surgery
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.plan import Family, Plan
-from prune_cli.structure.prunable import output_axis, weight_of
+from prune_cli.structure.prunable import owner, target
 
 Reduce = Literal["sum", "mean", "max", "first", "product"]
 
 
 @dataclass(frozen=True)
-class Filter:
+class Filter(Units):
     """Coupled output channels are one unit; a group is a family: all channels that must shrink together.
 
     Masks zero the producers' rows, biases and norm parameters and the consumers' columns, so the masked network
@@ -37,27 +36,25 @@ class Filter:
             the layers, or that of the first layer in the order of the parameters.
     """
 
+    name: ClassVar[str] = "filter"
+    level: ClassVar[Literal["element", "channel"]] = "channel"
     budgets: ClassVar[tuple[str, ...]] = ("macs", "params", "latency_ms")
+    coupled: ClassVar[bool] = True
+    shrinks: ClassVar[bool] = True
 
     reduce: Reduce = "sum"
-
-    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-        """Filters take scores of both levels, but only plain ratios."""
-        for name, ratio in ratios.items():
-            if isinstance(ratio, str):
-                raise ConfigError(f"{name}: {ratio!r} is an N:M pattern; granularity=filter takes a ratio in [0, 1)")
 
     def groups(self, context: Context) -> list[Group]:
         """One group per family whose layers were all asked for.
 
         Layers that share one score get the smallest of their ratios; layers that vote keep their own.
         """
-        plan = analyse(context.model, context.example_inputs)
+        plan = context.plan
         return [self._group(context, plan, family) for family in plan.families if _state(context, family) == "shrinks"]
 
     def explain(self, context: Context, named: frozenset[str]) -> list[str]:
         """Says which coupled layers stay whole or share a ratio, and which layers asked by name cannot shrink."""
-        plan = analyse(context.model, context.example_inputs)
+        plan = context.plan
         lines, served = [], set()
         for family in plan.families:
             names = _members(context, family)
@@ -90,7 +87,7 @@ class Filter:
             scores,
             min(float(context.ratios[name]) for name in names),
             functools.partial(_masks, context.model, plan, family),
-            layers=tuple(name.removesuffix(".weight") for name in names),
+            layers=tuple(map(owner, names)),
             votes=_votes(context, plan, family, dead) if context.dependency == "union_keep" else (),
             structure=Structure(plan, family.units),
         )
@@ -99,10 +96,12 @@ class Filter:
         """A smaller dense tensor, and one bit per channel: of weights, and of the biases and norms that go along."""
         return {name: MaskFormat("filters") for name, _ in model.named_parameters()}
 
-    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
+    def shrink(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> surgery.Shrunk:
         """The network without the channels of which the masks leave nothing."""
-        plan = analyse(model, example_inputs)
-        return surgery.remove_units(model, plan, kept_units(model, plan, masks))
+        found = plan() if plan else analyse(model, example_inputs)
+        return surgery.remove_units(model, found, kept_units(model, found, masks))
 
 
 def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:
@@ -133,7 +132,7 @@ def _places(context: Context, family: Family) -> list[Place]:
     places: dict[tuple[str, int], Place] = {}
     for name, axis in family.producers:
         weight = name if name in context.prunable else _computed(name)
-        if weight in context.prunable and (weight == name or axis == output_axis(context.model, weight)):
+        if weight in context.prunable and (weight == name or axis == target(context.model, weight).axis):
             places.setdefault((weight, axis), (weight, name, axis))
     return list(places.values())
 
@@ -157,7 +156,7 @@ def _state(context: Context, family: Family) -> Literal["shrinks", "incomplete",
 
 
 def _list(names: Sequence[str]) -> str:
-    short = [name.removesuffix(".weight") for name in names]
+    short = [owner(name) for name in names]
     return ", ".join(short[:6]) + (f" and {len(short) - 6} more" if len(short) > 6 else "")
 
 
@@ -165,7 +164,7 @@ def _channels(context: Context, name: str, axis: int) -> Tensor:
     """Scores per position of an axis: element scores summed over everything else; channel scores as they are."""
     scores = context.scores[name]
     flat = scores if scores.dim() == 1 else scores.movedim(axis, 0).flatten(1).sum(1)
-    if len(flat) != weight_of(context.model, name).shape[axis]:
+    if len(flat) != target(context.model, name).weight.shape[axis]:
         raise ConfigError(f"criterion: {len(flat)} channel scores of {name} for axis {axis} of its weight")
     return flat.double().cpu()
 
@@ -198,7 +197,7 @@ def _votes(context: Context, plan: Plan, family: Family, dead: Tensor) -> tuple[
         here = torch.from_numpy(np.flatnonzero(index[ids] >= 0))
         scores = _channels(context, weight, axis)[here].masked_fill(dead[torch.from_numpy(ids)][here], float("-inf"))
         units = torch.from_numpy(index[ids])[here]
-        votes.append(Vote(weight.removesuffix(".weight"), units, scores, float(context.ratios[weight])))
+        votes.append(Vote(owner(weight), units, scores, float(context.ratios[weight])))
     return tuple(votes)
 
 

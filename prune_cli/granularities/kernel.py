@@ -10,39 +10,37 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.granularities.spatial import check_scores, many_positions, with_such_units
-from prune_cli.granularities.units import Context, Group
+from prune_cli.granularities.spatial import many_positions, with_such_units
+from prune_cli.granularities.units import Context, Group, Units
 from prune_cli.measure.storage import MaskFormat
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import targets
 
 NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 kernel is a single weight)"
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(Units):
     """Every two-dimensional kernel is a unit; the kernels of a layer compete.
 
     A kernel's score is the sum over its positions: with criterion=l2 its squared L2 norm, which ranks as PatDNN's
     connectivity pruning does. Linear and 1x1 layers stay dense, or are refused where they were chosen by name.
     """
 
+    name: ClassVar[str] = "kernel"
     budgets: ClassVar[tuple[str, ...]] = ("macs", "params")
 
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-        """Kernels need scores per element and kernels larger than 1x1."""
-        check_scores("kernel", ratios, criterion)
-        with_such_units(model, ratios, many_positions, "kernel", NEEDS)
+        """Kernels larger than 1x1 must be there."""
+        with_such_units(model, ratios, many_positions, self.name, NEEDS)
 
     def groups(self, context: Context) -> list[Group]:
         """One group per convolution."""
-        asked = with_such_units(context.model, context.ratios, many_positions, "kernel", NEEDS)
+        asked = with_such_units(context.model, context.ratios, many_positions, self.name, NEEDS)
         return [group(context, name, ratio) for name, ratio in asked.items()]
 
     def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept kernels' values and one bit per kernel."""
-        return {
-            f"{name}.weight": MaskFormat("kernel") for name, module in layers(model).items() if many_positions(module)
-        }
+        return {name: MaskFormat("kernel") for name, target in targets(model).items() if many_positions(target.module)}
 
 
 def group(context: Context, name: str, ratio: float | Fraction) -> Group:
@@ -51,13 +49,10 @@ def group(context: Context, name: str, ratio: float | Fraction) -> Group:
     Args:
         ratio: fraction of the kernels to remove.
     """
-    scores = context.scores[name]
-    pooled = scores.flatten(2).sum(2)
-    if name in context.masked:
-        alive = context.masked[name].to(scores.device).expand(scores.shape).flatten(2).any(2)
-        pooled = pooled.masked_fill(~alive, float("-inf"))
+    pooled = context.pooled(name, 2, -1)
+    inside = context.scores[name].dim() - 2
 
     def mask(keep: Tensor) -> dict[str, Tensor]:
-        return {name: keep.view(*pooled.shape, *[1] * (scores.dim() - 2))}
+        return {name: keep.view(*pooled.shape, *[1] * inside)}
 
     return Group(name, pooled.flatten(), ratio, mask)

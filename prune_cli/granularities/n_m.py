@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -19,15 +19,16 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.units import Context, Group
+from prune_cli.granularities.units import Context, Group, Units
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure.keep import removed
+from prune_cli.structure.prunable import target
 
 PAIRWISE = 16  # up to this m, comparing all pairs is faster than sorting
 
 
 @dataclass(frozen=True)
-class NM:
+class NM(Units):
     """n of every m consecutive input channels stay, at every output channel and kernel position by itself.
 
     A ratio says how many of the m go: 0.5 is 2 of 4, 0.75 is 3 of 4. A ratio file may name a pattern for each weight
@@ -39,15 +40,13 @@ class NM:
         m: size of a group, for ratios given as numbers.
     """
 
+    name: ClassVar[str] = "n_m"
+    takes_patterns: ClassVar[bool] = True
+
     m: Annotated[int, Field(ge=2)] = 4
 
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-        """N:M needs scores per element, patterns with 1 <= n <= m, and ratios that are whole parts of m."""
-        if criterion.level != "element":
-            raise ConfigError(
-                "granularity=n_m needs a score per weight, but this criterion scores channels; choose criterion=l1, l2 "
-                "or random, or granularity=filter"
-            )
+        """N:M needs patterns with 1 <= n <= m, and ratios that are whole parts of m."""
         self.patterns(ratios)
         for name in ratios:
             input_axis(model, name)
@@ -82,9 +81,7 @@ class NM:
         patterns = self.patterns(context.ratios)
         found = []
         for name, ratio in context.ratios.items():
-            scores = context.scores[name]
-            if name in context.masked:
-                scores = scores.masked_fill(~context.masked[name].to(scores.device).expand(scores.shape), float("-inf"))
+            scores = context.scores_of(name)
             mask = functools.partial(_mask, name, tuple(scores.shape))
             if name not in patterns:
                 if not isinstance(ratio, str) and ratio > 0:
@@ -126,7 +123,7 @@ def input_axis(model: nn.Module, name: str) -> int:
     Raises:
         ConfigError: a transposed convolution with groups, whose groups lie behind each other on that axis.
     """
-    module = model.get_submodule(name.rpartition(".")[0])
+    module = target(model, name).module
     if not isinstance(module, _ConvTransposeNd):
         return 1
     if module.groups > 1:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,11 +18,11 @@ from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.weights import l2
 from prune_cli.errors import ConfigError
 from prune_cli.granularities import kernel
-from prune_cli.granularities.spatial import check_scores, with_such_units
+from prune_cli.granularities.spatial import with_such_units
 from prune_cli.granularities.units import Constraint, Context, Group, Ratio, Units
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure.keep import removed
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import targets
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,26 @@ FIXED5 = ((0, 2, 4, 6, 8), (1, 3, 4, 5, 7), (0, 1, 4, 6, 7), (1, 2, 4, 5, 8))
 
 
 @dataclass(frozen=True)
-class Pattern:
+class _Rules:
+    """A pattern set.
+
+    Attributes:
+        entries: weights per pattern.
+        library: number of patterns.
+        find: element scores of all layers -> the library, (patterns, 9) bool.
+        whole: kernels are ranked by all their entries, not by those inside their pattern.
+        least: a ratio below what patterns alone remove means just that.
+    """
+
+    entries: int
+    library: int
+    find: Callable[[Iterable[Tensor]], Tensor]
+    whole: bool = False
+    least: bool = False
+
+
+@dataclass(frozen=True)
+class Pattern(Units):
     """Every 3x3 kernel keeps `entries` weights, the centre among them, in one of the library's patterns; some go whole.
 
     The ratio is that of all weights: patterns alone remove 1 - entries / 9, and whole kernels the rest, so the ratio of
@@ -50,20 +69,29 @@ class Pattern:
         connectivity_ratio: fraction of kernels to remove, instead of the ratio of all weights; null = by the ratio.
     """
 
+    name: ClassVar[str] = "pattern"
+
     pattern_set: Literal["frequency", "fixed5"] = "frequency"
     entries: Annotated[int, Field(ge=2, le=8)] = 4
     library: Annotated[int, Field(ge=1, le=12)] = 8
     connectivity_ratio: Ratio | None = None
 
     @property
+    def rules(self) -> _Rules:
+        """What the pattern set says."""
+        if self.pattern_set == "fixed5":
+            return _Rules(5, len(FIXED5), lambda scores: _table(FIXED5), whole=True, least=True)
+        find = functools.partial(most_frequent, entries=self.entries, count=self.library)
+        return _Rules(self.entries, self.library, find)
+
+    @property
     def kept(self) -> Fraction:
         """Fraction of a kernel that its pattern keeps."""
-        return Fraction(5 if self.pattern_set == "fixed5" else self.entries, POSITIONS)
+        return Fraction(self.rules.entries, POSITIONS)
 
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-        """Patterns need scores per element, 3x3 kernels, and a ratio that patterns alone do not exceed."""
-        check_scores("pattern", ratios, criterion)
-        for name, ratio in with_such_units(model, ratios, is_3x3, "pattern", NEEDS).items():
+        """Patterns need 3x3 kernels, and a ratio that patterns alone do not exceed."""
+        for name, ratio in with_such_units(model, ratios, is_3x3, self.name, NEEDS).items():
             if ratio > 0 and self.goal(ratio) > Fraction(str(ratio)) and self.connectivity_ratio is None:
                 log.warning(
                     "%s: ratio %g is less than the %.4f that patterns alone remove; that is what it will be",
@@ -82,7 +110,7 @@ class Pattern:
         asked = Fraction(str(ratio))
         if asked >= alone:
             return asked
-        if self.pattern_set == "fixed5":
+        if self.rules.least:
             return alone
         raise ConfigError(
             f"granularity=pattern: ratio {ratio:g} is less than the {float(alone):.4f} that patterns of "
@@ -95,8 +123,8 @@ class Pattern:
 
     def assigned(self, context: Context, patterns: Tensor | None) -> list[Group]:
         """The groups for a library; None = that of the scores."""
-        asked = with_such_units(context.model, context.ratios, is_3x3, "pattern", NEEDS)
-        scores = {name: _known(context, name) for name, ratio in asked.items() if ratio > 0}
+        asked = with_such_units(context.model, context.ratios, is_3x3, Pattern.name, NEEDS)
+        scores = {name: context.scores_of(name) for name, ratio in asked.items() if ratio > 0}
         table = self.patterns(scores.values()) if patterns is None else patterns
         return [self._group(context, name, values, asked[name], table) for name, values in scores.items()]
 
@@ -110,7 +138,7 @@ class Pattern:
         The library is that of the network as it is. Patterns are assigned by squares, whatever the criterion, because
         only that is the projection onto the first set; kernels go by the criterion, which with l2 projects as well.
         """
-        asked = with_such_units(model, ratios, is_3x3, "pattern", NEEDS)
+        asked = with_such_units(model, ratios, is_3x3, Pattern.name, NEEDS)
         weights = [model.get_parameter(name).detach() for name, ratio in asked.items() if ratio > 0]
         library = self.patterns(weight.square().masked_fill(weight == 0, float("-inf")) for weight in weights)
         patterns = _OneLibrary(replace(self, connectivity_ratio=0.0), library)
@@ -123,9 +151,7 @@ class Pattern:
         Args:
             scores: (out, in, 3, 3) element scores of all layers; removed entries are -inf.
         """
-        if self.pattern_set == "fixed5":
-            return _table(FIXED5)
-        return most_frequent(scores, self.entries, self.library)
+        return self.rules.find(scores)
 
     def _group(self, context: Context, name: str, scores: Tensor, ratio: float, patterns: Tensor) -> Group:
         goal = self.goal(ratio)
@@ -135,7 +161,7 @@ class Pattern:
             return {name: keep.view(scores.shape)}
 
         def choose(share: Fraction) -> Tensor:
-            keep = pattern_mask(scores, patterns, goal * share, whole=self.pattern_set == "fixed5")
+            keep = pattern_mask(scores, patterns, goal * share, whole=self.rules.whole)
             if held is not None:
                 keep &= held.to(keep.device)
             return keep.flatten()
@@ -144,13 +170,12 @@ class Pattern:
 
     def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept kernels' values, a pattern number each, one bit per kernel, and the library."""
-        count = len(FIXED5) if self.pattern_set == "fixed5" else self.library
-        form = MaskFormat("pattern", {"entries": int(self.kept * POSITIONS), "library": count})
-        return {f"{name}.weight": form for name, module in layers(model).items() if is_3x3(module)}
+        form = MaskFormat("pattern", {"entries": self.rules.entries, "library": self.rules.library})
+        return {name: form for name, target in targets(model).items() if is_3x3(target.module)}
 
 
 @dataclass(frozen=True)
-class _OneLibrary:
+class _OneLibrary(Units):
     """Patterns of a library that stays, whatever the scores."""
 
     units: Pattern
@@ -164,7 +189,7 @@ class _OneLibrary:
 
 
 @dataclass(frozen=True)
-class _Connectivity:
+class _Connectivity(Units):
     """The whole kernels that go beside patterns, as units of their own."""
 
     units: Pattern
@@ -173,20 +198,13 @@ class _Connectivity:
         self.units.check(model, ratios, criterion)
 
     def groups(self, context: Context) -> list[Group]:
-        asked = with_such_units(context.model, context.ratios, is_3x3, "pattern", NEEDS)
+        asked = with_such_units(context.model, context.ratios, is_3x3, Pattern.name, NEEDS)
         return [kernel.group(context, name, self.units.connectivity(ratio)) for name, ratio in asked.items()]
 
 
 def is_3x3(module: nn.Module) -> bool:
     """Whether a layer is a two-dimensional convolution with 3x3 kernels."""
     return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
-
-
-def _known(context: Context, name: str) -> Tensor:
-    scores = context.scores[name]
-    if name not in context.masked:
-        return scores
-    return scores.masked_fill(~context.masked[name].to(scores.device).expand(scores.shape), float("-inf"))
 
 
 def _table(patterns: Iterable[tuple[int, ...]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""LayerSelector layers granularities inside a kernel apply to: those whose kernels have the positions they need."""
+"""Which layers granularities inside a kernel apply to: those whose kernels have the positions they need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ConfigError
 from prune_cli.structure import prunable
 
@@ -20,22 +19,6 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def many_positions(module: nn.Module) -> bool:
     """Whether a layer is a convolution (not transposed) whose kernels have more than one position."""
     return isinstance(module, CONVOLUTIONS) and math.prod(module.kernel_size) > 1
-
-
-def check_scores(unit: str, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-    """Refuses scores per channel and N:M patterns.
-
-    Raises:
-        ConfigError: says what would be legal.
-    """
-    if criterion.level != "element":
-        raise ConfigError(
-            f"granularity={unit} needs a score per weight, but this criterion scores channels; choose criterion=l1, l2 "
-            "or random, or granularity=filter"
-        )
-    for name, ratio in ratios.items():
-        if isinstance(ratio, str):
-            raise ConfigError(f"{name}: {ratio!r} is an N:M pattern; granularity={unit} needs a ratio in [0, 1)")
 
 
 def with_such_units(
@@ -55,16 +38,16 @@ def with_such_units(
         ConfigError: a chosen layer does not fit, or none does.
     """
     asked = {name: float(ratio) for name, ratio in ratios.items() if not isinstance(ratio, str)}
-    modules = {f"{name}.weight": module for name, module in prunable.layers(model).items()}
-    everything = set(asked) == set(modules) and len(set(asked.values())) == 1
+    targets = prunable.targets(model)
+    everything = set(asked) == set(targets) and len(set(asked.values())) == 1
     found, others = {}, []
     for name, ratio in asked.items():
-        if fits(modules[name]):
+        if fits(targets[name].module):
             found[name] = ratio
         elif ratio > 0:
             others.append(name)
     if others and not everything:
-        shape = "x".join(map(str, modules[others[0]].get_parameter("weight").shape))
+        shape = "x".join(map(str, targets[others[0]].weight.shape))
         raise ConfigError(
             f"{others[0]} ({shape}): granularity={unit} needs {needs}; exclude this layer, or choose granularity=filter"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, ClassVar, Literal
@@ -17,29 +17,32 @@ from prune_cli import masks as masking
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import SurgeryError
 from prune_cli.granularities.filter import kept_units
-from prune_cli.granularities.spatial import check_scores, many_positions, with_such_units
-from prune_cli.granularities.units import Context, Group
-from prune_cli.layers import replacing
+from prune_cli.granularities.spatial import many_positions, with_such_units
+from prune_cli.granularities.units import Context, FindPlan, Group, Units
+from prune_cli.layers import replacing, stripes
+from prune_cli.layers.kind import Data
 from prune_cli.masks import Masks
 from prune_cli.measure.latency import latency
 from prune_cli.measure.storage import MaskFormat
-from prune_cli.structure import slicing, surgery
+from prune_cli.structure import rebuild, slicing, surgery
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.interpreter import call_model
+from prune_cli.structure.lineage import Replacement
 from prune_cli.structure.modes import evaluating
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import targets
 
 log = logging.getLogger(__name__)
 
 BATCHES = (1, 64)  # those of the results table
 ROUNDS = 5
+KIND = "stripes"  # of replaced layers
 
 NEEDS = "a convolution with kernels larger than 1x1 (a 1x1 stripe is a whole filter)"
 
 
 @dataclass(frozen=True)
-class Stripe:
+class Stripe(Units):
     """Every stripe is a unit; the stripes of a whole layer compete, not those of each filter.
 
     A stripe's score is the sum over its input channels: with criterion=l1 its L1 norm, with l2 its squared L2 norm.
@@ -50,27 +53,28 @@ class Stripe:
             so at batch 1 and 64, measured on the network's device; the others stay dense under their masks.
     """
 
+    name: ClassVar[str] = "stripe"
     budgets: ClassVar[tuple[str, ...]] = ("macs", "params")
+    shrinks: ClassVar[bool] = True
 
     convert: Literal["all", "faster"] = "all"
 
     def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-        """Stripes need scores per element and kernels larger than 1x1."""
-        check_scores("stripe", ratios, criterion)
-        with_such_units(model, ratios, many_positions, "stripe", NEEDS)
+        """Kernels larger than 1x1 must be there."""
+        with_such_units(model, ratios, many_positions, self.name, NEEDS)
 
     def groups(self, context: Context) -> list[Group]:
         """One group per convolution."""
-        asked = with_such_units(context.model, context.ratios, many_positions, "stripe", NEEDS)
+        asked = with_such_units(context.model, context.ratios, many_positions, self.name, NEEDS)
         return [_group(context, name, ratio) for name, ratio in asked.items()]
 
     def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """The kept stripes' values and one bit per stripe."""
-        return {
-            f"{name}.weight": MaskFormat("stripe") for name, module in layers(model).items() if many_positions(module)
-        }
+        return {name: MaskFormat("stripe") for name, target in targets(model).items() if many_positions(target.module)}
 
-    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
+    def complete(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> dict[str, Tensor]:
         """The masks with those of filters without stripes: bias, norm parameters and the consumers' channels.
 
         Such a filter still gives a constant, which its norm's shift makes another one. Removing it with its norm is
@@ -79,36 +83,33 @@ class Stripe:
         if not _has_dead_filters(masks):
             return dict(masks)
         try:
-            plan = analyse(model, example_inputs)
+            found = plan() if plan else analyse(model, example_inputs)
         except SurgeryError as error:
             log.warning("filters without stripes keep their norms, as the network cannot be analysed: %s", error)
             return dict(masks)
-        return masking.joined(masks, slicing.structured_masks(model, plan, _living(plan, masks)))
+        return masking.joined(masks, slicing.structured_masks(model, found, _living(found, masks)))
 
-    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> surgery.Shrunk:
+    def shrink(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> surgery.Shrunk:
         """The network without filters of which the masks leave nothing, its convolutions of the stripes they leave.
 
-        Convolutions that stripes cannot replace (`replacing.fitting`) keep their masks.
+        Convolutions that stripes cannot replace (`stripes.fitting`) keep their masks.
         """
-        plan = analyse(model, example_inputs)
-        shrunk = surgery.remove_units(model, plan, kept_units(model, plan, masks))
+        channels = plan() if plan else analyse(model, example_inputs)
+        shrunk = surgery.remove_units(model, channels, kept_units(model, channels, masks))
         cut = {name: masking.sliced(mask, shrunk.lineage.kept.get(name, {})) for name, mask in masks.items()}
         inputs = _inputs(shrunk.model, example_inputs)
-        stripes = {name: numbers for name, numbers in replacing.fitting(shrunk.model, cut).items() if name in inputs}
+        found = {name: data for name, data in stripes.fitting(shrunk.model, cut).items() if name in inputs}
         if self.convert == "faster":
-            stripes = {
-                name: numbers for name, numbers in stripes.items() if _faster(shrunk.model, name, numbers, inputs[name])
-            }
-        replacing.place(shrunk.model, stripes)
-        return replace(shrunk, lineage=replace(shrunk.lineage, stripes=stripes))
+            found = {name: data for name, data in found.items() if _faster(shrunk.model, name, data, inputs[name])}
+        replaced = {name: Replacement(KIND, data) for name, data in found.items()}
+        rebuild.place(shrunk.model, replaced)
+        return replace(shrunk, lineage=replace(shrunk.lineage, replaced=replaced))
 
 
 def _group(context: Context, name: str, ratio: float) -> Group:
-    scores = context.scores[name]
-    pooled = scores.sum(1)
-    if name in context.masked:
-        alive = context.masked[name].to(scores.device).expand(scores.shape).any(1)
-        pooled = pooled.masked_fill(~alive, float("-inf"))
+    pooled = context.pooled(name, 1, 1)
 
     def mask(keep: Tensor) -> dict[str, Tensor]:
         return {name: keep.view(pooled.shape).unsqueeze(1)}
@@ -161,11 +162,11 @@ def _inputs(model: nn.Module, example_inputs: Any) -> dict[str, torch.Size]:
     return shapes
 
 
-def _faster(model: nn.Module, name: str, numbers: Sequence[int], shape: torch.Size) -> bool:
+def _faster(model: nn.Module, name: str, data: Data, shape: torch.Size) -> bool:
     """Whether stripes beat the dense convolution at every batch size of the table; timed in turns, medians."""
     dense = nn.Sequential(model.get_submodule(name)).eval()
     small = copy.deepcopy(dense)
-    replacing.place(small, {"0": numbers})
+    replacing.place(small, "0", KIND, data)
     device = next(dense.parameters()).device
     verdicts = []
     for count in BATCHES:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor, nn
 
 from prune_cli.criteria.criterion import Criterion
+from prune_cli.errors import ConfigError
 from prune_cli.masks import Masks
 from prune_cli.measure.storage import MaskFormat
+from prune_cli.structure.follow import analyse
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import targets
+from prune_cli.structure.surgery import Shrunk
+
+FindPlan = Callable[[], Plan]
+"""Gives the channel plan of a network that is analysed once for many choices."""
 
 Dependency = Literal["group", "union_keep", "inner_only"]
 
@@ -71,6 +78,11 @@ class Group:
     votes: tuple[Vote, ...] = ()
     structure: Structure | None = None
 
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Dotted names of the layers that lose these units."""
+        return self.layers or (self.name.removesuffix(".weight"),)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -83,6 +95,7 @@ class Context:
         ratios: parameter name -> ratio asked, or an `mXnY` pattern.
         masked: masks that hold already and stay (their units rank lowest), or empty.
         dependency: how coupled layers decide together, for granularities whose units are coupled.
+        find_plan: gives the network's channel plan, where somebody keeps it; see `plan`.
     """
 
     model: nn.Module
@@ -91,37 +104,96 @@ class Context:
     ratios: Mapping[str, float | str]
     masked: Masks
     dependency: Dependency = "group"
+    find_plan: FindPlan | None = None
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The channel plan of the network, analysed where nobody keeps it."""
+        return self.find_plan() if self.find_plan else analyse(self.model, self.example_inputs)
+
+    def scores_of(self, name: str) -> Tensor:
+        """Element scores of one weight, shaped like it; -inf for what is masked already, so that it ranks lowest."""
+        scores = self.scores[name]
+        alive = self._alive(name, scores)
+        return scores if alive is None else scores.masked_fill(~alive, float("-inf"))
+
+    def pooled(self, name: str, first: int, last: int) -> Tensor:
+        """Element scores of one weight summed over axes `first` to `last`; -inf where masks left nothing of a unit."""
+        scores = self.scores[name]
+        pooled, alive = scores.flatten(first, last).sum(first), self._alive(name, scores)
+        return pooled if alive is None else pooled.masked_fill(~alive.flatten(first, last).any(first), float("-inf"))
+
+    def _alive(self, name: str, scores: Tensor) -> Tensor | None:
+        """The mask that one weight has already, None without one."""
+        return self.masked[name].to(scores.device).expand(scores.shape) if name in self.masked else None
 
     @functools.cached_property
     def prunable(self) -> frozenset[str]:
         """Names of all weights that could be asked for."""
-        return frozenset(f"{name}.weight" for name in layers(self.model))
+        return frozenset(targets(self.model))
 
 
-class Units(Protocol):
-    """One granularity: which weights live or die together."""
+class Units:
+    """One granularity: which weights live or die together.
 
-    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-        """Refuses combinations that make no sense, with a ConfigError, before anything is trained."""
+    A granularity says what it can do in the class variables, writes `groups`, and of the other methods those that do
+    something for it. A class of one's own that does not inherit from this one works too; see `adopted`.
+
+    Attributes:
+        name: what to write behind `granularity=`.
+        level: the coarsest scores that do: `element` = a score per weight, `channel` = scores of channels too.
+        takes_patterns: whether a ratio may be an N:M pattern, `m4n2`.
+        budgets: quantities of `selection.budget.Budget` that can choose how many units go.
+        coupled: whether units span several layers, so that a request for one layer concerns others.
+        shrinks: whether units can be taken out of a network, not only masked.
+    """
+
+    name: ClassVar[str] = ""
+    level: ClassVar[Literal["element", "channel"]] = "element"
+    takes_patterns: ClassVar[bool] = False
+    budgets: ClassVar[tuple[str, ...]] = ()
+    coupled: ClassVar[bool] = False
+    shrinks: ClassVar[bool] = False
 
     def groups(self, context: Context) -> list[Group]:
         """The groups of units with their scores."""
+        raise NotImplementedError(f"{type(self).__name__} forms no groups")
 
-
-@runtime_checkable
-class Coupled(Protocol):
-    """Units that span several layers, so that a request for one layer concerns others."""
+    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
+        """Refuses what makes no sense beyond what is declared, with a ConfigError, before anything is trained."""
 
     def explain(self, context: Context, named: frozenset[str]) -> list[str]:
         """What the network's structure changes about the request, one line each; `named`: weights asked by name."""
-
-
-@runtime_checkable
-class Formed(Protocol):
-    """Units whose masks are stored in other ways than weight by weight."""
+        return []
 
     def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
         """How masks are stored, by parameter name; others are stored as single weights."""
+        return {}
+
+    def constraints(self, model: nn.Module, ratios: Mapping[str, float | str]) -> tuple[Units, tuple[Constraint, ...]]:
+        """The sets in which masks lie, each easy to project onto, and units that choose masks in all of them.
+
+        What depends on weights is that of the network as it is.
+        """
+        return self, (Constraint("units", self),)
+
+    def complete(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> dict[str, Tensor]:
+        """The masks with those of what they leave useless, for the masked network to equal the shrunk one.
+
+        Args:
+            plan: see `Context`.
+        """
+        return dict(masks)
+
+    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None) -> Shrunk:
+        """The network without the units that the masks remove.
+
+        Args:
+            plan: see `Context`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} can only be masked")
 
 
 @dataclass(frozen=True)
@@ -139,20 +211,37 @@ class Constraint:
     criterion: Criterion | None = None
 
 
-@runtime_checkable
-class Intersection(Protocol):
-    """Units whose masks lie in several sets at once, each of which is easy to project onto."""
+def adopted(units: Any) -> Units:
+    """Units of a class that does not inherit from `Units`: the same object's copy, with the base's answers for the rest.
 
-    def constraints(self, model: nn.Module, ratios: Mapping[str, float | str]) -> tuple[Units, tuple[Constraint, ...]]:
-        """Units that choose masks in all sets, and the sets; what depends on weights is that of the network as it is."""
+    It can do what it has methods for: explain makes it coupled, shrink lets it shrink.
+    """
+    if isinstance(units, Units):
+        return units
+    kind = type(units)
+    can = {"name": kind.__name__.lower(), "coupled": hasattr(kind, "explain"), "shrinks": hasattr(kind, "shrink")}
+    found = copy.copy(units)
+    object.__setattr__(found, "__class__", type(kind.__name__, (kind, Units), can | {"__module__": kind.__module__}))
+    assert isinstance(found, Units)
+    return found
 
 
-@runtime_checkable
-class Silences(Protocol):
-    """Units whose masks leave constants behind that must go too, for the masked network to equal the shrunk one."""
+def check_declared(units: Units, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
+    """Refuses scores and ratios that the units do not take, by what they declare.
 
-    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
-        """The masks with those of the parameters that only serve what is masked."""
+    Raises:
+        ConfigError: says what would be legal.
+    """
+    if units.level == "element" and criterion.level != "element":
+        raise ConfigError(
+            f"granularity={units.name} needs a score per weight, but this criterion scores channels; choose "
+            "criterion=l1, l2 or random, or granularity=filter"
+        )
+    if units.takes_patterns:
+        return
+    for name, ratio in ratios.items():
+        if isinstance(ratio, str):
+            raise ConfigError(f"{name}: {ratio!r} is an N:M pattern; granularity={units.name} takes a ratio in [0, 1)")
 
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]

@@ -1,97 +1,79 @@
-"""Networks in which layers are replaced by others of the same function, and back."""
+"""The kinds of replaced layers that there are, and how a module of a network is exchanged for one."""
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prune_cli.errors import SurgeryError, nearest
-from prune_cli.layers.stripe_conv import StripeConv2d
-from prune_cli.masks import Masks
+from prune_cli.layers.kind import Data, Kind
+from prune_cli.layers.stripes import Stripes
 
-# ---------------------------------------------------------------------------------------------- networks
+KINDS: dict[str, Kind] = {
+    "stripes": Stripes(),
+}
+"""All kinds by name: the only ones that a file may name."""
 
-Stripes = Mapping[str, Sequence[int]]
-"""Module name -> increasing numbers n * K * K + position of the stripes that a convolution has."""
-
-
-def fitting(model: nn.Module, masks: Masks) -> dict[str, tuple[int, ...]]:
-    """The stripes with anything left of every convolution that lost some, and that single stripes may replace.
-
-    Convolutions of other classes, with hooks, or with a weight that other modules have too, are left out.
-
-    Args:
-        model: a network.
-        masks: parameter name -> bool tensor, True = keep, broadcastable.
-    """
-    owners = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
-    found: dict[str, tuple[int, ...]] = {}
-    for name, module in model.named_modules():
-        mask = masks.get(f"{name}.weight")
-        if type(module) is not nn.Conv2d or mask is None or not name:
-            continue
-        if owners[id(module.weight)] > 1 or _hooked(module):
-            continue
-        alive = mask.expand(module.weight.shape).any(1)
-        if not alive.all():
-            found[name] = tuple(torch.nonzero(alive.flatten()).flatten().tolist())
-    return found
+MARK = "_prune_kind"
+"""Attribute of a replaced module that names its kind; copies of the module keep it."""
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def place(model: nn.Module, stripes: Stripes) -> None:
-    """Replaces convolutions by their stripes, in place, under all names that a convolution has.
+def kind_named(name: str) -> Kind:
+    """The kind of this name.
 
     Raises:
-        SurgeryError: no such convolution, or numbers that it does not have.
+        SurgeryError: there is none.
+    """
+    if name not in KINDS:
+        raise SurgeryError(f"there is no kind of replaced layer {name!r}{nearest(name, KINDS)}")
+    return KINDS[name]
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a module that `place` put into a network; None for any other."""
+    name = getattr(module, MARK, None)
+    return None if name is None else kind_named(name)
+
+
+def replaced(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind]]:
+    """Dotted name, module and kind of everything in a network that was replaced."""
+    for name, module in model.named_modules():
+        if (kind := kind_of(module)) is not None:
+            yield name, module, kind
+
+
+def closed(model: nn.Module) -> str:
+    """What the layers of a network consist of that cannot be sliced; empty where there are none."""
+    return next((kind.closed for _, _, kind in replaced(model) if kind.closed), "")
+
+
+def place(model: nn.Module, name: str, kind: str, data: Data) -> nn.Module:
+    """Replaces one module, in place, under all names that it has, and returns what replaces it.
+
+    Raises:
+        SurgeryError: no such module, no such kind, or data that do not fit.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name, numbers in stripes.items():
-        conv = modules.get(name)
-        if type(conv) is not nn.Conv2d or not name:
-            raise SurgeryError(
-                f"the network has no convolution {name!r} that could hold stripes{nearest(name, modules)}"
-            )
-        total = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
-        ordered = all(a < b for a, b in pairwise(numbers))
-        if not ordered or (numbers and not 0 <= numbers[0] <= numbers[-1] < total):
-            raise SurgeryError(f"stripes of {name!r} are not increasing numbers below {total}")
-        keep = torch.zeros(total, dtype=torch.bool)
-        keep[torch.tensor(numbers, dtype=torch.long)] = True
-        small = StripeConv2d(conv, keep.view(conv.out_channels, *conv.kernel_size)).train(conv.training)
-        _exchange(model, {conv: small})
+    if not name or name not in modules:
+        raise SurgeryError(f"the network has no module {name!r} that could be replaced{nearest(name, modules)}")
+    try:
+        made = kind_named(kind).build(modules[name], data)
+    except SurgeryError as error:
+        raise SurgeryError(f"{name!r}, {kind}: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise SurgeryError(
+            f"{name!r}: the data do not fit the kind {kind} ({type(error).__name__}: {reason})"
+        ) from error
+    object.__setattr__(made, MARK, kind)
+    exchange(model, modules[name], made)
+    return made
 
 
-def expanded(model: nn.Module, masks: Masks) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The network with plain convolutions in place of stripes, and the masks under which it is the same function.
-
-    Args:
-        model: left as it was.
-        masks: parameter name -> bool tensor, True = keep, of `model`.
-    """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, StripeConv2d)}
-    whole = dict(masks)
-    for name, layer in found.items():
-        inside = masks.get(f"{name}.weight")
-        whole[f"{name}.weight"] = layer.spread(inside)
-    twin = copy.deepcopy(model)
-    _exchange(twin, {module: module.dense() for module in twin.modules() if isinstance(module, StripeConv2d)})
-    return twin, whole
-
-
-def _exchange(model: nn.Module, twins: Mapping[Any, nn.Module]) -> None:
-    for parent in list(model.modules()):
+def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in the place of another, under all names that it has."""
+    for parent in [module for module in model.modules() if module is not new]:
         for child, module in list(parent._modules.items()):
-            if module in twins:
-                setattr(parent, child, twins[module])
+            if module is old:
+                parent._modules[child] = new

@@ -9,7 +9,6 @@ spread out for the call (`_spread_out`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,53 +17,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from prune_cli.errors import SurgeryError
-
-CHUNK = 400_000
-"""Elements of the products that the fused form makes at a time: they stay in a core's cache while they are added."""
-
-
-ADDING, STARTING, MARGIN = 80, 2_000_000, 1.3
-"""What the fused form costs besides its products, in multiply-adds of a dense kernel: to add one element of a product,
-to begin, and altogether. Fitted to the times of 157 layers of 16 to 512 channels, 2 to 32 pixels, batches of 1 to 64,
-50 to 90 % removed, on one x86 core (scripts/bench/stripe.py shows what it leads to)."""
-
-SHORT = 2000
-"""Elements per map below which maps are added per kernel position: the calls would take longer than the additions."""
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Stripes that one matrix product serves: the same phase of the strides, and the same group of channels."""
-
-    phase: tuple[int, int]
-    group: int
-    rows: Tensor  # rows of the weight, in order of the product's rows: by kernel position, then by filter
-    filters: tuple[int, ...]  # output channel per row
-    shifts: tuple[tuple[int, int], ...]  # steps of the output grid per row
-    taps: tuple[_Tap, ...]
-
-
-@dataclass(frozen=True)
-class _Tap:
-    """The stripes of one kernel position."""
-
-    shift: tuple[int, int]
-    rows: Tensor  # of the weight
-    filters: Tensor  # output channels, each once
-    start: int  # first row of the product
-
-
-@dataclass(frozen=True)
-class _Workspace:
-    """Memory of the fused form for `count` images."""
-
-    count: int
-    inputs: list[Tensor]  # per block: channels, images, rows, columns, zero around the images
-    weights: list[Tensor]  # per block: stripes, channels
-    products: list[Tensor]  # per block: stripes, everything
-    sums: Tensor  # output channels, everything
-    adding: list[tuple[Tensor, list[Tensor]]]  # per filter: where its sum goes, its products, shifted
-    together: list[tuple[Tensor, Tensor, Tensor]]  # per kernel position: sums, filters, their products, shifted
+from prune_cli.layers import stripe_kernel
+from prune_cli.layers.stripe_kernel import Block, Geometry, Tap
 
 
 class StripeConv2d(nn.Module):
@@ -178,17 +132,7 @@ class StripeConv2d(nn.Module):
 
     def _pays(self, x: Tensor) -> bool:
         """Whether the fused form should be faster than the dense kernel on an input of this shape."""
-        height, width = self.out_size(x)
-        down, right = self._reach()
-        columns = self.weight.shape[1]
-        fused = len(self.weight) * (columns + ADDING) * (height + down) * (width + right) * len(x) + STARTING
-        dense = self.out_channels * columns * self.kernel_size[0] * self.kernel_size[1] * height * width * len(x)
-        return MARGIN * fused < dense
-
-    def _reach(self) -> tuple[int, int]:
-        """The farthest stripe's steps of the output grid, down and right."""
-        shifts = [shift for block in self._blocks for shift in block.shifts]
-        return max((down for down, _ in shifts), default=0), max((right for _, right in shifts), default=0)
+        return stripe_kernel.pays(self.weight, self._blocks, self._geometry(), len(x), self.out_size(x))
 
     def _spread_out(self, x: Tensor) -> Tensor:
         """The masked convolution by the dense kernel."""
@@ -201,7 +145,7 @@ class StripeConv2d(nn.Module):
         if self.groups > 1 and self.weight.shape[1] == 1:
             return self._depthwise(x)
         height, width = self.out_size(x)
-        padded = self._pad(x)
+        padded, geometry = self._pad(x), self._geometry()
         out: Tensor | None = None
         for block in self._blocks:
             for tap in block.taps:
@@ -209,7 +153,7 @@ class StripeConv2d(nn.Module):
                 left = block.phase[1] + tap.shift[1] * self.stride[1]
                 window = padded[
                     :,
-                    self._channels(block.group),
+                    geometry.channels(block.group),
                     top : top + (height - 1) * self.stride[0] + 1 : self.stride[0],
                     left : left + (width - 1) * self.stride[1] + 1 : self.stride[1],
                 ]
@@ -225,7 +169,7 @@ class StripeConv2d(nn.Module):
         """`_by_position` where every group is one channel: all groups at once, as they would be hundreds of calls."""
         height, width = self.out_size(x)
         padded = self._pad(x)
-        places: dict[tuple[int, int], list[_Tap]] = {}
+        places: dict[tuple[int, int], list[Tap]] = {}
         for block in self._blocks:
             for tap in block.taps:
                 steps = zip(block.phase, tap.shift, self.stride, strict=True)
@@ -246,132 +190,29 @@ class StripeConv2d(nn.Module):
         return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
 
     def _fused(self, x: Tensor) -> Tensor:
-        """One product for all stripes of a phase, then sums of shifted maps; a few images at a time.
-
-        In a map of rows of equal length a shift is an offset in memory, so every sum is one over contiguous memory.
-        """
-        height, width = self.out_size(x)
-        blocks = self._blocks
-        out = x.new_empty(x.shape[0], self.out_channels, height, width)
-        reach = self._reach()
-        rows, columns = height + reach[0], width + reach[1]
-        most = max(self.out_channels, max((len(block.filters) for block in blocks), default=1))
-        chunk = max(1, CHUNK // (most * rows * columns))
-        space: _Workspace | None = None
-        for start in range(0, x.shape[0], chunk):
-            images = x[start : start + chunk]
-            if self.padding_mode != "zeros":
-                images = self._pad(images)
-            if space is None or len(images) != space.count:
-                space = self._workspace(images, rows, columns, reach)
-            self._add(images, space)
-            maps = space.sums.view(self.out_channels, -1, rows, columns)[:, :, :height, :width].transpose(0, 1)
-            if self.bias is None:
-                out[start : start + chunk] = maps
-            else:
-                torch.add(maps, self.bias.view(-1, 1, 1), out=out[start : start + chunk])
-        return out
-
-    def _workspace(self, images: Tensor, rows: int, columns: int, reach: tuple[int, int]) -> _Workspace:
-        """Memory for some images, and where in it each filter finds its shifted products; made once per call."""
-        count = len(images)
-        whole = count * rows * columns
-        length = whole - reach[0] * columns - reach[1]
-        inputs, products, weights = [], [], []
-        for block in self._blocks:
-            inputs.append(images.new_zeros(self.in_channels // self.groups, count, rows, columns))
-            products.append(images.new_empty(len(block.filters), whole))
-            weights.append(self.weight.detach()[block.rows])
-        sums = images.new_zeros(self.out_channels, whole)
-        if whole < SHORT:
-            together = [
-                (sums[:, :length], tap.filters, product[tap.start : tap.start + len(tap.rows)].narrow(
-                    1, tap.shift[0] * columns + tap.shift[1], length))
-                for block, product in zip(self._blocks, products, strict=True)
-                for tap in block.taps
-            ]  # fmt: skip
-            return _Workspace(count, inputs, weights, products, sums, [], together)
-        terms: list[list[Tensor]] = [[] for _ in range(self.out_channels)]
-        for block, product in zip(self._blocks, products, strict=True):
-            for part, place, shift in zip(product.unbind(0), block.filters, block.shifts, strict=True):
-                terms[place].append(part.narrow(0, shift[0] * columns + shift[1], length))
-        adding = [(row[:length], parts) for row, parts in zip(sums.unbind(0), terms, strict=True) if parts]
-        return _Workspace(count, inputs, weights, products, sums, adding, [])
-
-    def _add(self, images: Tensor, space: _Workspace) -> None:
-        """Fills `space.sums`; what lies behind the output of a row or image is meaningless there."""
-        for block, moved, weight, product in zip(
-            self._blocks, space.inputs, space.weights, space.products, strict=True
-        ):
-            spans = zip(block.phase, self._before(), self.stride, moved.shape[2:], strict=True)
-            (down, from_top), (right, from_left) = (_span(*span) for span in spans)
-            phase = images[:, self._channels(block.group), from_top :: self.stride[0], from_left :: self.stride[1]]
-            phase = phase[:, :, : moved.shape[2] - down, : moved.shape[3] - right].transpose(0, 1)
-            moved[:, :, down : down + phase.shape[2], right : right + phase.shape[3]] = phase
-            torch.mm(weight, moved.flatten(1), out=product)
-        for target, parts in space.adding:
-            if len(parts) == 1:
-                target.copy_(parts[0])
-                continue
-            torch.add(parts[0], parts[1], out=target)
-            for part in parts[2:]:
-                target.add_(part)
-        if space.together:
-            space.sums.zero_()
-            for sums, filters, products in space.together:
-                sums.index_add_(0, filters, products)
+        """The stripes' own kernel, `stripe_kernel.fused`."""
+        pad = (lambda images: images) if self.padding_mode == "zeros" else self._pad
+        return stripe_kernel.fused(x, self.weight, self.bias, self._blocks, self._geometry(), self.out_size(x), pad)
 
     def _pad(self, x: Tensor) -> Tensor:
         if not any(self.pads):
             return x
         return F.pad(x, self.pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
-    def _before(self) -> tuple[int, int]:
-        """Rows above and columns before the image that are zero and not there."""
-        return (self.pads[2], self.pads[0]) if self.padding_mode == "zeros" else (0, 0)
+    def _geometry(self) -> Geometry:
+        before = (self.pads[2], self.pads[0]) if self.padding_mode == "zeros" else (0, 0)
+        return Geometry(
+            self.in_channels, self.out_channels, self.groups, self.kernel_size, self.stride, self.dilation, before
+        )
 
-    def _channels(self, group: int) -> slice:
-        size = self.in_channels // self.groups
-        return slice(group * size, (group + 1) * size)
-
-    def _plan(self) -> list[_Block]:
-        positions = self.kernel_size[0] * self.kernel_size[1]
-        found: dict[tuple[int, int, int], list[tuple[int, int, tuple[int, int]]]] = {}
-        for row, number in enumerate(self.stripes.tolist()):
-            place, position = divmod(number, positions)
-            i, j = divmod(position, self.kernel_size[1])
-            down, phase_down = divmod(i * self.dilation[0], self.stride[0])
-            right, phase_right = divmod(j * self.dilation[1], self.stride[1])
-            group = place * self.groups // self.out_channels
-            found.setdefault((phase_down, phase_right, group), []).append((row, place, (down, right)))
-        return [self._block((down, right), group, items) for (down, right, group), items in sorted(found.items())]
-
-    def _block(self, phase: tuple[int, int], group: int, items: list[tuple[int, int, tuple[int, int]]]) -> _Block:
-        def indices(numbers: list[int]) -> Tensor:
-            return torch.tensor(numbers, device=self.stripes.device)
-
-        items = sorted(items, key=lambda item: item[2])  # stable: filters stay in order
-        rows, filters, shifts = zip(*items, strict=True)
-        taps = []
-        for shift in dict.fromkeys(shifts):
-            mine = [index for index, other in enumerate(shifts) if other == shift]
-            taps.append(_Tap(shift, indices([rows[i] for i in mine]), indices([filters[i] for i in mine]), mine[0]))
-        return _Block(phase, group, indices(list(rows)), filters, shifts, tuple(taps))
+    def _plan(self) -> list[Block]:
+        return stripe_kernel.plan(self.stripes, self._geometry())
 
     def _apply(self, fn: Any, recurse: bool = True) -> StripeConv2d:
         super()._apply(fn, recurse)
         if not self.stripes.is_meta:
             self._blocks = self._plan()  # its indices live where the weight does
         return self
-
-
-def _span(phase: int, before: int, stride: int, limit: int) -> tuple[int, int]:
-    """Where a phase of an axis begins: its first index inside the image, and the image's index there.
-
-    Index k of the phase is index k * stride + phase of the padded axis, which begins `before` ahead of the image.
-    """
-    first = max(0, -(-(before - phase) // stride))
-    return min(first, limit), first * stride + phase - before
 
 
 def _planned(module: nn.Module, keys: Any) -> None:

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from prune_cli.measure.macs import MacCounter
 from prune_cli.structure.modes import composed_attention, evaluating
+from prune_cli.structure.prunable import owner
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,6 @@ class Cost:
 # ------------------------------------------------------------------------------------------------ parameters
 
 
-def params(model: nn.Module) -> int:
-    """Returns the number of parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def params_nonzero(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> int:
-    """Returns the number of parameters that are neither masked nor zero; tied ones count once.
-
-    Args:
-        model: the network.
-        masks: boolean tensors by parameter name, True = keep, broadcastable to the parameter.
-    """
-    return sum(_nonzero(parameter, name, masks) for name, parameter in model.named_parameters())
-
-
 def size_bytes(model: nn.Module) -> int:
     """Returns the bytes of parameters and buffers as they are in memory; tied ones count once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), model.buffers()))
@@ -135,7 +121,7 @@ def cost(
         counter, outputs = _count(model, example, masks, None)
     owned: dict[str, list[str]] = {}
     for name in parameters:
-        owned.setdefault(name.rpartition(".")[0], []).append(name)
+        owned.setdefault(owner(name), []).append(name)
     layers = []
     for name, module in model.named_modules():
         names = owned.get(name, [])

@@ -61,10 +61,10 @@ def latency(
     try:
         with torch.inference_mode():
             for step in range(warmup + max(1, repeats)):
-                _synchronise(place)
+                synchronise(place)
                 start = time.perf_counter()
                 twin(example)
-                _synchronise(place)
+                synchronise(place)
                 if step >= warmup:
                     times.append(1e3 * (time.perf_counter() - start))
     finally:
@@ -83,7 +83,8 @@ def latency(
     )
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Waits until a device has done what it was asked for; CPUs have."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

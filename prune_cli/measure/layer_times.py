@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prune_cli.measure.latency import synchronise
 from prune_cli.structure import modes
 
 SECONDS = 0.5  # of layer timing per width, about
@@ -26,11 +27,11 @@ def layer_times(model: nn.Module, image: Tensor, names: list[str]) -> dict[str, 
     wanted = set(names)
 
     def enter(*_: Any) -> None:
-        _synchronise(image.device)
+        synchronise(image.device)
         clocks.append([time.perf_counter(), 0.0])
 
     def leave(name: str) -> None:
-        _synchronise(image.device)
+        synchronise(image.device)
         start, inside = clocks.pop()
         spent = time.perf_counter() - start
         passes[-1][name] = passes[-1].get(name, 0.0) + 1e3 * (spent - inside)
@@ -57,10 +58,3 @@ def layer_times(model: nn.Module, image: Tensor, names: list[str]) -> dict[str, 
             handle.remove()
     timed = passes[WARMUP:]
     return {name: float(np.median([one[name] for one in timed])) for name in timed[0]}
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

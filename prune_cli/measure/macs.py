@@ -1,7 +1,9 @@
 """How many multiply-adds one operator call costs, and whose they are.
 
 Formulas are in :func:`macs_of_call`, one per kind of operator; :class:`MacCounter` watches a forward pass and
-adds them up. What is measured and reported is in `measure.py`.
+adds them up. What is measured and reported is in `measure.py`. Not `torch.utils.flop_counter.FlopCounterMode`, because it
+adds up per running module and never sees whose weight an operator multiplies by, which the share of its nonzero entries
+and weights used by other modules need, and because it leaves out matrix-vector products.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from prune_cli.structure.prunable import owner
 
 
 def _size(shape: Iterable[int]) -> int:
@@ -86,7 +90,7 @@ class MacCounter(TorchDispatchMode):
             for operand in operands:
                 name = self.owners.get(operand.untyped_storage()._cdata)
                 if name is not None:
-                    module, density = name.rpartition(".")[0], density * self.alive(name, operand)
+                    module, density = owner(name), density * self.alive(name, operand)
             total = self.macs.setdefault(module, [0, 0.0])
             total[0] += macs
             total[1] += macs * density

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from prune_cli.structure import modes
+from prune_cli.structure.prunable import owner
 
 AMPERE = (8, 0)  # the first compute capability with sparse tensor cores
 
@@ -54,7 +55,7 @@ def timings(model: nn.Module, masks: Mapping[str, Tensor], images: Tensor) -> di
     """
     weights = dict(model.named_parameters())
     names = [
-        name.removesuffix(".weight")
+        owner(name)
         for name, mask in masks.items()
         if name.endswith(".weight") and two_of_four(mask.expand_as(weights[name]))
     ]

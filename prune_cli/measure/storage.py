@@ -7,7 +7,10 @@ rounded up to whole bytes. `stored` finds the bytes that a mask really needs, gi
 
 from __future__ import annotations
 
+import importlib
+import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 
 from prune_cli.compression.gaps import fillers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class MaskFormat:
     """The form in which a mask was chosen, which later stages must know to count bytes; plain data.
 
     Attributes:
-        format: name of a format in `FORMATS`.
+        format: name of a format in `FORMATS`, or the dotted name of a `Format` beside the granularity that needs it.
         numbers: what the format needs besides the mask, such as m and n.
     """
 
@@ -138,16 +143,76 @@ def pattern(mask: Tensor, shape: Sequence[int], entries: int, library: int, bits
     )
 
 
+def _has_groups(full: Tensor, m: int, n: int, axis: int = 1) -> bool:
+    """Whether no group of m along the axis keeps more than n."""
+    lines = full.movedim(axis, -1)
+    lines = torch.nn.functional.pad(lines, (0, -lines.shape[-1] % m))
+    return bool((lines.unflatten(-1, (-1, m)).sum(-1) <= n).all())
+
+
+def _has_patterns(full: Tensor, entries: int, library: int) -> bool:
+    """Whether every kernel is inside one of at most `library` patterns of `entries` positions."""
+    places = torch.arange(math.prod(full.shape[2:]), device=full.device)
+    codes = torch.unique((full.flatten(2).long() << places).sum(2))
+    kernels = (codes[:, None] >> places & 1).bool()
+    counts = kernels.sum(1)
+    patterns, parts = kernels[counts == entries], kernels[(counts < entries) & (counts > 0)]
+    if len(patterns) > library or bool((counts > entries).any()):
+        return False
+    return all(bool((part <= patterns).all(1).any()) for part in parts)
+
+
 # -------------------------------------------------------------------------------------------- which format it is
 
-FORMATS: Mapping[str, Callable[..., Storage]] = {
-    "element": element,
-    "filters": filters,
-    "n_m": n_m,
-    "stripe": stripe,
-    "kernel": kernel,
-    "pattern": pattern,
+
+def _any_mask(full: Tensor, **numbers: int) -> bool:
+    """The formats of whole units hold any mask, with zeros as values."""
+    return True
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store a masked tensor.
+
+    Attributes:
+        name: in the tables.
+        bytes_of: (mask, shape, bits=, and the numbers of a `MaskFormat`) -> bytes.
+        holds: (mask of the tensor's shape, and those numbers) -> whether the format can hold the mask.
+    """
+
+    name: str
+    bytes_of: Callable[..., Storage]
+    holds: Callable[..., bool] = _any_mask
+
+
+FORMATS: Mapping[str, Format] = {
+    form.name: form
+    for form in (
+        Format("element", element),
+        Format("filters", filters),
+        Format("n_m", n_m, _has_groups),
+        Format("stripe", stripe),
+        Format("kernel", kernel),
+        Format("pattern", pattern, _has_patterns),
+    )
 }
+
+
+def _found(name: str) -> Format:
+    """The format of a name in `FORMATS`, or of a dotted name; nothing but this package is imported for a name in a file.
+
+    A format that is not there, because the module of its granularity is not loaded, counts as single weights.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    module, _, attribute = name.rpartition(".")
+    if module.startswith("prune_cli."):
+        importlib.import_module(module)
+    found = getattr(sys.modules.get(module), attribute, None)
+    if isinstance(found, Format):
+        return found
+    log.warning("the storage format %s is not loaded; its bytes are counted as those of single weights", name)
+    return FORMATS["element"]
 
 
 def stored(form: MaskFormat, mask: Tensor, shape: Sequence[int], bits: int = 32) -> tuple[str, Storage]:
@@ -166,37 +231,10 @@ def stored(form: MaskFormat, mask: Tensor, shape: Sequence[int], bits: int = 32)
     """
     full = _full(mask, shape)
     options = {}
-    if _holds(form, full):
-        options[form.format] = FORMATS[form.format](full, shape, bits=bits, **form.numbers)
-    if not options or options[form.format].values > _bytes(int(full.sum()) * bits):
+    chosen = _found(form.format)
+    if chosen.holds(full, **form.numbers):
+        options[chosen.name] = chosen.bytes_of(full, shape, bits=bits, **form.numbers)
+    if not options or options[chosen.name].values > _bytes(int(full.sum()) * bits):
         options["element"] = element(full, shape, bits)
     options["dense"] = dense(shape, bits)
     return min(options.items(), key=lambda option: option[1].total)
-
-
-def _holds(form: MaskFormat, full: Tensor) -> bool:
-    """Whether a format can hold a mask; the formats of whole units hold any, with zeros as values."""
-    if form.format == "n_m":
-        return _has_groups(full, **form.numbers)
-    if form.format == "pattern":
-        return _has_patterns(full, **form.numbers)
-    return True
-
-
-def _has_groups(full: Tensor, m: int, n: int, axis: int = 1) -> bool:
-    """Whether no group of m along the axis keeps more than n."""
-    lines = full.movedim(axis, -1)
-    lines = torch.nn.functional.pad(lines, (0, -lines.shape[-1] % m))
-    return bool((lines.unflatten(-1, (-1, m)).sum(-1) <= n).all())
-
-
-def _has_patterns(full: Tensor, entries: int, library: int) -> bool:
-    """Whether every kernel is inside one of at most `library` patterns of `entries` positions."""
-    places = torch.arange(math.prod(full.shape[2:]), device=full.device)
-    codes = torch.unique((full.flatten(2).long() << places).sum(2))
-    kernels = (codes[:, None] >> places & 1).bool()
-    counts = kernels.sum(1)
-    patterns, parts = kernels[counts == entries], kernels[(counts < entries) & (counts > 0)]
-    if len(patterns) > library or bool((counts > entries).any()):
-        return False
-    return all(bool((part <= patterns).all(1).any()) for part in parts)

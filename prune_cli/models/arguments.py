@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from prune_cli.errors import ConfigError, nearest
+from prune_cli.errors import ConfigError, first_line, nearest
 
 
 def is_positive_int(value: object) -> bool:
@@ -84,7 +84,7 @@ def check_runs(model_name: str, model: nn.Module, in_shape: tuple[int, int, int]
         with torch.no_grad():
             functional_call(model, shapes, (torch.empty(1, *in_shape, device="meta"),))
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, ZeroDivisionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"{model_name} does not take inputs of {tuple(in_shape)}: {reason}") from error
     finally:
         model.train(training)

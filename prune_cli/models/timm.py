@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from prune_cli.errors import CheckpointError, ConfigError, nearest
+from prune_cli.errors import CheckpointError, ConfigError, first_line, nearest
 from prune_cli.models.arguments import check_classes_and_shape, check_runs
 
 
@@ -42,7 +42,7 @@ def timm(*, num_classes: int, in_shape: tuple[int, int, int], name: str, pretrai
     try:
         return library.create_model(name, pretrained=True, **arguments)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         where = getattr(defaults, "hf_hub_id", None) or getattr(defaults, "url", None) or name
         raise CheckpointError(
             f"no pretrained weights of {name} ({reason}): get the file of {where} and give model.weights=PATH"
@@ -54,5 +54,5 @@ def _created(library: Any, name: str, arguments: dict[str, Any], inputs: str) ->
     try:
         return library.create_model(name, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"timm: {name} can't be built for {inputs}: {reason}") from error

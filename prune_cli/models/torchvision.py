@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as zoo
 
-from prune_cli.errors import CheckpointError, ConfigError, nearest
+from prune_cli.errors import CheckpointError, ConfigError, first_line, nearest
 from prune_cli.files.fitting import fit_weights
 from prune_cli.files.weights import read_state_dict
 from prune_cli.models.arguments import check_classes_and_shape, check_runs, set_in_channels
@@ -66,7 +66,7 @@ def torchvision(
     try:
         model: nn.Module = zoo.get_model_builder(name)(**arguments)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"torchvision: {name} can't be built for inputs of {shape}: {reason}") from error
     if channels != 3:
         set_in_channels(model, channels)
@@ -111,6 +111,6 @@ def _downloaded(url: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), match.group(1) if match else None, progress=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash is another one
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"no pretrained weights ({reason}): put {url} at {path}") from error
     return path

@@ -20,7 +20,7 @@ from prune_cli.config.nodes import resolve
 from prune_cli.config.schema import check_root
 from prune_cli.console import Console
 from prune_cli.data.dataset import Dataset
-from prune_cli.errors import ConfigError
+from prune_cli.errors import ConfigError, first_line
 from prune_cli.files.weights import load_weights
 from prune_cli.pipeline.checks import check_stage
 from prune_cli.pipeline.code import code_behind
@@ -142,7 +142,7 @@ def _check_outputs(state: State) -> None:
         with torch.no_grad():
             found = state.model(state.example_inputs())
     except Exception as error:  # a network of the user's own can raise anything
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise ConfigError(f"model={name} fails on images of {shape}: {type(error).__name__}: {reason}") from error
     if not isinstance(found, torch.Tensor):
         raise ConfigError(f"model={name} returns a {type(found).__name__}; it must return logits, a tensor")

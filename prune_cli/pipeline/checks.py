@@ -7,7 +7,7 @@ import inspect
 
 import torch
 
-from prune_cli.errors import ConfigError
+from prune_cli.errors import ConfigError, first_line
 from prune_cli.pipeline.stage import Parameters, Stage, training_of
 from prune_cli.pipeline.state import State
 from prune_cli.selection.granularity import Granularity
@@ -94,5 +94,5 @@ def check_last_batch(state: State, batch_size: int) -> None:
     except ValueError as error:
         raise ConfigError(
             f"{state.stage}.batch_size={batch_size} leaves one image of {state.data.sizes['train']} for the last batch, "
-            f"on which model={state.architecture.name} cannot train ({str(error).splitlines()[0]}); choose another"
+            f"on which model={state.architecture.name} cannot train ({first_line(error)}); choose another"
         ) from error

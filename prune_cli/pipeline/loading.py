@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prune_cli.config.nodes import TRUSTED, locate, resolve
 from prune_cli.data.dataset import Dataset
-from prune_cli.errors import ConfigError, PruneError
+from prune_cli.errors import ConfigError, PruneError, first_line
 from prune_cli.files import artifacts, builders, pruned
 from prune_cli.files.weights import load_weights
 from prune_cli.measure.storage import MaskFormat
@@ -21,6 +21,7 @@ from prune_cli.pipeline.state import Architecture, State, derive_seed
 from prune_cli.pipeline.store import read_checkpoint
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.rebuild import rebuild
+from prune_cli.training.distributed import World
 
 
 def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: int) -> Architecture:
@@ -47,7 +48,7 @@ def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: 
             except Exception as error:  # a builder of the user's own can raise anything
                 if str(node["_target_"]).startswith(TRUSTED):
                     raise
-                reason = (str(error).splitlines() or [""])[0]
+                reason = first_line(error)
                 raise ConfigError(f"model: {node['_target_']} raised {type(error).__name__}: {reason}") from error
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model._target_: {node['_target_']} made a {type(model).__name__}, not a torch module")
@@ -58,28 +59,31 @@ def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: 
 
 def restore(folder: Path, state: State) -> State:
     """The state after a stage that was finished earlier, from its folder; rank 0 reads it for all."""
-    world, node, lineage, model, forms = state.world, None, None, None, {}
+    world, node, model, forms = state.world, None, None, {}
+    lineage: Lineage | None = None
     masks: Mapping[str, Tensor] = {}
     if world.main:
         node = _node(folder)
         model, masks = load_model(folder, _architecture(node, state).build), pruned.read_masks(folder)
         lineage, forms = _lineage(folder), _forms(folder)
-    architecture, lineage = _architecture(world.broadcast(node), state), world.broadcast(lineage)
+    architecture, lineage = _architecture(world.broadcast(node), state), _same_lineage(world, lineage)
     model = _shared(state, model, architecture, lineage)
     masks = {name: mask.to(state.device) for name, mask in world.broadcast_tensors(masks).items()}
     forms = {name: MaskFormat(**form) for name, form in world.broadcast(forms).items()}
-    return state.evolve(model=model, architecture=architecture, masks=masks, forms=forms, lineage=lineage)
+    tags = world.broadcast(_tags(folder) if world.main else None)
+    remembered = {**state.remembered, **{tag: folder / artifacts.remembered(tag) for tag in tags}}
+    return state.evolve(
+        model=model, architecture=architecture, masks=masks, forms=forms, lineage=lineage, remembered=remembered
+    )
 
 
-def _shared(
-    state: State, model: nn.Module | None, architecture: Architecture, lineage: Mapping[str, Any] | None
-) -> nn.Module:
+def _shared(state: State, model: nn.Module | None, architecture: Architecture, lineage: Lineage | None) -> nn.Module:
     """Rank 0's network on every rank, on the run's device; the others pass None and build it themselves."""
     if state.world.size > 1:
         weights = state.world.broadcast_tensors(model.state_dict() if model is not None else None)
         if model is None:
             model = architecture.build()
-            model = rebuild(model, Lineage.from_dict(lineage)) if lineage else model
+            model = rebuild(model, lineage) if lineage else model
             model.load_state_dict(weights)
     assert model is not None
     return model.to(state.device).eval()
@@ -89,6 +93,13 @@ def _node(folder: Path) -> dict[str, Any]:
     """Builder and arguments of the dense network that a stage folder started from."""
     node: dict[str, Any] = json.loads((folder / artifacts.CHECKPOINT).read_text())["model"]
     return node
+
+
+def _tags(folder: Path) -> list[str]:
+    """Of the snapshots that a stage left in its folder."""
+    before, after = artifacts.remembered("*").split("*")
+    names = sorted(path.name for path in folder.glob(artifacts.remembered("*")))
+    return [name.removeprefix(before).removesuffix(after) for name in names]
 
 
 def _forms(folder: Path) -> dict[str, Any]:
@@ -109,12 +120,19 @@ def _architecture(node: Mapping[str, Any], state: State) -> Architecture:
     return build_architecture(node, state.data, state.architecture.name, state.seed)
 
 
-def _lineage(folder: Path) -> dict[str, Any] | None:
+def _same_lineage(world: World, lineage: Lineage | None) -> Lineage | None:
+    """Rank 0's lineage on every rank."""
+    if world.size == 1:
+        return lineage
+    data = world.broadcast(lineage.to_dict() if lineage else None)
+    return Lineage.from_dict(data) if data else None
+
+
+def _lineage(folder: Path) -> Lineage | None:
     """What surgery did to the network of a stage folder, if anything."""
     if not (folder / artifacts.PRUNED).is_file():
         return None
-    lineage = pruned.read(folder).record.lineage.to_dict()
-    return lineage if any(lineage.values()) else None
+    return pruned.read(folder).record.lineage or None
 
 
 def load_model(folder: Path, build: Callable[[], nn.Module]) -> nn.Module:
@@ -134,7 +152,8 @@ def load_teacher(state: State, teacher: Literal["dense"] | Path) -> nn.Module:
     """
     folder = state.dense if teacher == "dense" else teacher
     assert folder is not None, "checked by the stage before anything was trained"
-    world, node, lineage, model = state.world, None, None, None
+    world, node, model = state.world, None, None
+    lineage: Lineage | None = None
     if world.main and folder.is_dir():
         if teacher != "dense":
             read_checkpoint(folder)
@@ -143,5 +162,5 @@ def load_teacher(state: State, teacher: Literal["dense"] | Path) -> nn.Module:
     elif world.main:
         node, model = dict(state.architecture.node), state.architecture.build()
         load_weights(model, folder)
-    architecture, lineage = _architecture(world.broadcast(node), state), world.broadcast(lineage)
+    architecture, lineage = _architecture(world.broadcast(node), state), _same_lineage(world, lineage)
     return _shared(state, model, architecture, lineage).requires_grad_(False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from prune_cli import masks as masking
 from prune_cli.compression.codec import Sizes
 from prune_cli.files.artifacts import Row
-from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.layers.replacing import replaced
 from prune_cli.measure import accuracy, semi_structured, storage
 from prune_cli.measure import cost as measure
 from prune_cli.measure import latency as timing
@@ -98,15 +97,20 @@ def storage_of(state: State) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     coded, kept = state.outcome.coded, state.model.state_dict().keys()
     buffers = {name: value for name, value in state.model.named_buffers() if name in kept}
-    striped = {f"{name}.stripes": m for name, m in state.model.named_modules() if isinstance(m, StripeConv2d)}
+    special = {
+        f"{layer}.{name}": form
+        for layer, module, kind in replaced(state.model)
+        for name, form in kind.stored(module).items()
+    }
     for name, tensor in {**dict(state.model.named_parameters()), **buffers}.items():
         sizes, mask, bits = coded.get(name), state.masks.get(name), 8 * tensor.element_size()
         if sizes is not None:
             kind, cost = "shared", Storage(sizes.values, indices=sizes.indices, codebooks=sizes.codebook)
         elif mask is not None and not coded:
             kind, cost = storage.stored(state.forms.get(name, MaskFormat()), mask, tensor.shape, bits)
-        elif name in striped:  # one bit per stripe says as much as the numbers that the network computes with
-            kind, cost = "stripe", storage.positions(striped[name].out_channels * math.prod(striped[name].kernel_size))
+        elif name in special:
+            form, bitmap = special[name].format, special[name].bits
+            kind, cost = form, storage.dense(tensor.shape, bits) if bitmap is None else storage.positions(bitmap)
         else:
             kind, cost = "dense", storage.dense(tensor.shape, bits)
         stages = sizes or Sizes.uncoded(cost.total)
@@ -133,8 +137,7 @@ def _of_layer(layer: str, stored: Mapping[str, Mapping[str, Any]], coded: bool) 
     columns = [key for entry in own.values() for key in entry if key != "format" and (coded or key not in STAGES)]
     sums = {key: sum(entry[key] for entry in own.values()) for key in dict.fromkeys(columns)}
     weight = own.get("weight")
-    kind = "stripe" if weight and weight["format"] == "dense" and "stripes" in own else weight and weight["format"]
-    return {"format": kind} | sums
+    return {"format": weight and weight["format"]} | sums
 
 
 def describe(device: torch.device) -> str:

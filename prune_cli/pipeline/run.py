@@ -119,8 +119,8 @@ def _reuse_or_compute(
 
 def _write(state: State, facts: Mapping[str, Any], folder: Path) -> None:
     """Fills the folder of a finished stage: a pruned network says in pruned.yaml how it descends from the dense one."""
-    if state.masks or state.lineage:
-        lineage = shrinking.composed(state.lineage) or Lineage()
+    if state.masks or state.lineage is not None:
+        lineage = state.lineage or Lineage()
         dense = None if state.dense is None else _measured(state.dense)["weights_sha256"]
         record = pruned.Record(state.architecture.node, lineage, state.data.num_classes, state.data.shape, dense)
         pruned.write(folder, state.model, record, state.masks)

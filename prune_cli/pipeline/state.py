@@ -16,6 +16,7 @@ from prune_cli.console import Console
 from prune_cli.data.dataset import Dataset
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline.store import Slot
+from prune_cli.structure.lineage import Lineage
 from prune_cli.training.distributed import ALONE, World
 
 
@@ -68,8 +69,9 @@ class State:
         stage: unique name of the running stage.
         masks: parameter name -> bool tensor, True = keep.
         forms: parameter name -> how its mask is stored; single weights where absent.
-        lineage: what surgery did to the dense network since it was built, JSON data; None before any.
+        lineage: what surgery did to the dense network since it was built; None before any.
         dense: stage folder of the network that entered the first pruning stage; the default teacher.
+        remembered: tag -> file of a snapshot that a train stage kept.
         slot: where the running stage keeps its resumable checkpoint.
         interrupted: becomes True when the user asks to stop.
         world: this process among those that run the pipeline together.
@@ -87,8 +89,9 @@ class State:
     stage: str = "initial"
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     forms: Mapping[str, MaskFormat] = field(default_factory=dict)
-    lineage: Mapping[str, Any] | None = None
+    lineage: Lineage | None = None
     dense: Path | None = None
+    remembered: Mapping[str, Path] = field(default_factory=dict)
     interrupted: Callable[[], bool] = lambda: False
     world: World = ALONE
     outcome: Outcome = Outcome()

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 
 from prune_cli.errors import ConfigError
-from prune_cli.schedules.requests import Done, Mask, Memo, Request, Split, Train
+from prune_cli.schedules.problem import Problem
+from prune_cli.schedules.requests import Mask, Project, Train
+from prune_cli.schedules.schedule import Requests, trains_at_most
 
 
+@trains_at_most(
+    lambda iterations, epochs_per_iteration, retrain_epochs: iterations * epochs_per_iteration + retrain_epochs
+)
 def admm(
-    memo: Memo | None,
+    problem: Problem,
     *,
     iterations: int,
     epochs_per_iteration: int,
@@ -17,13 +22,14 @@ def admm(
     rho_growth: float = 1.0,
     rho_max: float | None = None,
     retrain_epochs: int = 0,
-) -> tuple[Memo, Request]:
+) -> Requests:
     """Trains towards the projections of the weights, renews these, and in the end removes what they lack.
 
     Every training is one W-step, on the loss plus rho / 2 * ||W - Z + U||^2 for every constraint set; between two of
     them Z and U are renewed. The masks are chosen from W after the last.
 
     Args:
+        problem: what is pruned; this schedule is the same for all.
         iterations: trainings with the penalty; at least 1.
         epochs_per_iteration: length of each; at least 1.
         rho: weight of the penalty in the first; above 0.
@@ -34,20 +40,15 @@ def admm(
     Raises:
         ConfigError: values outside these ranges.
     """
-    if memo is None:
-        _check(iterations, epochs_per_iteration, rho, rho_growth, rho_max, retrain_epochs)
-    done = memo["done"] if memo else 0
-    memo = {"done": done + 1}
+    _check(iterations, epochs_per_iteration, rho, rho_growth, rho_max, retrain_epochs)
     total = iterations * epochs_per_iteration + retrain_epochs
-    iteration, training = divmod(done, 2)
-    if iteration < iterations and training:
-        return memo, Train((iteration + 1) * epochs_per_iteration, total, enforce=False, pull=True)
-    if iteration <= iterations and not training:
-        return memo, Split(_grown(rho, rho_growth, rho_max, min(iteration, iterations - 1)))
-    last = done - 2 * iterations
-    if last == 1:
-        return memo, Mask()
-    return (memo, Train(total, total)) if last == 2 and retrain_epochs else (memo, Done())
+    for iteration in range(iterations):
+        yield Project(_grown(rho, rho_growth, rho_max, iteration))
+        yield Train(epochs_per_iteration, total, soft=True, penalty=True)
+    yield Project(_grown(rho, rho_growth, rho_max, iterations - 1))
+    yield Mask()
+    if retrain_epochs:
+        yield Train(retrain_epochs, total)
 
 
 def _grown(rho: float, growth: float, largest: float | None, times: int) -> float:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from prune_cli.errors import ConfigError
-from prune_cli.schedules.requests import Done, Mask, Memo, Request, Train
+from prune_cli.schedules.problem import Problem
+from prune_cli.schedules.requests import Mask, Train
+from prune_cli.schedules.schedule import Requests, trains_at_most
 
 
-def iterative(
-    memo: Memo | None, *, epochs: int, retrain_epoch: int, prune_freq: int, start: int = 0
-) -> tuple[Memo, Request]:
+@trains_at_most(lambda epochs: epochs)
+def iterative(problem: Problem, *, epochs: int, retrain_epoch: int, prune_freq: int, start: int = 0) -> Requests:
     """Masks every `prune_freq` epochs and lets pruned weights regrow, then fixes the mask and trains with it.
 
     Args:
+        problem: what is pruned; this schedule is the same for all.
         epochs: length of the whole stage.
         retrain_epoch: epochs of the soft phase, the epoch from which the mask is fixed; in [0, epochs].
         prune_freq: epochs between two mask updates in the soft phase; at least 1.
@@ -27,14 +29,11 @@ def iterative(
         )
     if not 0 <= start <= retrain_epoch:
         raise ConfigError(f"schedule: start must be in [0, retrain_epoch={retrain_epoch}], got {start}")
-    if memo is None and start:
-        return {"epoch": start, "masked": False}, Train(start, epochs, enforce=False)
-    epoch, masked = (memo["epoch"], memo["masked"]) if memo else (0, False)
-    if not masked:
-        return {"epoch": epoch, "masked": True}, Mask(monotone=False)
-    if epoch < retrain_epoch:
-        until = min(epoch + prune_freq, retrain_epoch)
-        return {"epoch": until, "masked": False}, Train(until, epochs, enforce=False)
-    if epoch < epochs:
-        return {"epoch": epochs, "masked": True}, Train(epochs, epochs)
-    return memo or {}, Done()
+    if start:
+        yield Train(start, epochs, soft=True)
+    for epoch in range(start, retrain_epoch, prune_freq):
+        yield Mask(monotone=False, soft=True)
+        yield Train(min(prune_freq, retrain_epoch - epoch), epochs, soft=True)
+    yield Mask(monotone=False)
+    if retrain_epoch < epochs:
+        yield Train(epochs - retrain_epoch, epochs)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from prune_cli.schedules.requests import Done, Mask, Memo, Request
+from prune_cli.schedules.problem import Problem
+from prune_cli.schedules.requests import Mask
+from prune_cli.schedules.schedule import Requests, trains_at_most
 
 
-def one_shot(memo: Memo | None) -> tuple[Memo, Request]:
+@trains_at_most(lambda: 0)
+def one_shot(problem: Problem) -> Requests:
     """Masks the whole ratio in one step; recovery is left to a finetune stage."""
-    return ({"step": 1}, Mask()) if memo is None else (memo, Done())
+    yield Mask()

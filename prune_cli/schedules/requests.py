@@ -1,35 +1,126 @@
-"""What a schedule may ask of the prune stage.
+"""What a schedule may ask of the prune stage, and what it hears.
 
-A schedule is a pure function `(memo, *, its parameters) -> (memo, request)`: called with None first, then with the
-memo that it returned, after its request was carried out. Memos are JSON data, so a run resumes between any two steps.
+A schedule is a generator: `schedule(problem, *, its parameters)` yields requests and is sent their answers. Answers are
+plain data: numbers, strings, lists and mappings; after `Shrink`, a `Problem`. What a run resumes from is the journal of
+the answers: the generator is started afresh and fed with them. So it must be deterministic: random numbers only from
+`problem.generator(name)`; no clock, no files, no global state.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
-Memo = dict[str, Any]
+Kept = Mapping[str, int]
+"""Name of a group -> how many of its units stay. Groups that are absent keep all that they have."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Choose masks from the present weights and zero what they remove; what `Split` keeps ends with it.
+    """Choose by the criterion, from the present weights, what goes, and zero it; what `Project` keeps ends with it.
+
+    Answer: `{"units", "removed", "kept", "macs", "params"}`: units in all and those that go, per group how many stay,
+    and the multiply-adds and parameters that are left.
 
     Attributes:
-        share: how much of the granularity's ratio to apply, in [0, 1].
+        fraction: how much of the granularity's ratio or budget to apply to the network as it is, in [0, 1].
+        kept: units that stay in each group, instead of a fraction; met exactly.
         monotone: what is masked already stays masked.
+        soft: what is masked may grow back in soft training: of filters only the rows that produce them are zeroed. The
+            whole mask holds as soon as training is not soft, and at the end.
     """
 
-    share: float = 1.0
+    fraction: float = 1.0
+    kept: Kept | None = None
     monotone: bool = True
+    soft: bool = False
 
 
 @dataclass(frozen=True)
-class Split:
+class Train:
+    """Train on.
+
+    Answer: `{"epoch", "loss", "acc1"}`: epochs of this training so far, mean loss of the last, accuracy in percent on
+    the validation split; None where there was no epoch, or there is no such split.
+
+    Attributes:
+        epochs: how many; None = to the end of `total`.
+        total: epochs of the training that these are a part of, to which the learning-rate schedule refers: parts of one
+            training give the same number. None: a training of its own, with fresh moments.
+        soft: what is masked may grow again; else it is held at zero.
+        penalty: add rho / 2 * ||W - Z + U||^2 of the last `Project`.
+    """
+
+    epochs: int | None = None
+    total: int | None = None
+    soft: bool = False
+    penalty: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Try candidates out: each one's masks on, norm statistics estimated again, or a short training; then a look.
+
+    The network is bit for bit as before afterwards, unless the best candidate is adopted.
+
+    Answer: a list with a score per candidate: accuracy in percent on held-out images, never of the test split; None for
+    those that cost more than `within`, which are not run.
+
+    Attributes:
+        candidates: units that stay in each group, chosen by the criterion from the present weights; what is masked
+            already stays masked.
+        train: epochs of a training of its own for each candidate, all with the same batches; 0 = none.
+        adopt: the best candidate's masks stay, and the weights that it was trained to; of equal ones the first.
+        within: what a candidate may cost, in `problem.quantity`; None = anything.
+    """
+
+    candidates: Sequence[Kept]
+    train: int = 0
+    adopt: bool = False
+    within: float | None = None
+
+
+@dataclass(frozen=True)
+class Remember:
+    """Keep a snapshot of weights, masks and clock under a tag. Answer: None."""
+
+    tag: str
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Go back to a snapshot. Answer: None.
+
+    `init` is the network's initial weights, and the tags of an earlier train stage (`train.remember`) are there too. A
+    snapshot goes along when the network shrinks.
+
+    Attributes:
+        tag: one of `problem.tags` or of an earlier `Remember`.
+        weights: take the weights and norm statistics back; moments start afresh. What is masked stays zero.
+        masks: take the masks back too, instead of keeping the present ones.
+        clock: go on at the snapshot's place in the training, for its learning rate and batches, with fresh moments.
+    """
+
+    tag: str
+    weights: bool = True
+    masks: bool = False
+    clock: bool = False
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Take out of the network what the masks remove; moments and snapshots go along. Answer: the new `Problem`."""
+
+
+@dataclass(frozen=True)
+class Project:
     """Renew, for every constraint set of the granularity, the projection Z of W + U and the scaled dual U += W - Z.
 
     The first one begins with U = 0 and makes Z alone. See `prune_cli/admm.py`.
+
+    Answer: `{name of the set: {"primal", "dual"}}`: residuals over all weights; None where there is none.
 
     Attributes:
         rho: weight of the penalty in the training that follows.
@@ -38,26 +129,10 @@ class Split:
     rho: float
 
 
-@dataclass(frozen=True)
-class Train:
-    """Train on to a point of the stage's own training time.
-
-    Attributes:
-        until: epoch to reach.
-        of: epochs of the whole stage, to which the learning-rate schedule refers.
-        enforce: keep masked weights at zero (hard); else they may grow again (soft).
-        pull: add the penalty rho / 2 * ||W - Z + U||^2 of the last `Split`.
-    """
-
-    until: int
-    of: int
-    enforce: bool = True
-    pull: bool = False
+Request = Mask | Train | Evaluate | Remember | Restore | Shrink | Project
 
 
-@dataclass(frozen=True)
-class Done:
-    """The schedule is complete."""
-
-
-Request = Mask | Split | Train | Done
+def fingerprint(request: Request) -> str:
+    """16 hex digits that are equal for equal requests; a schedule whose code changed asks something else."""
+    text = json.dumps([type(request).__name__, asdict(request)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,23 +1,76 @@
-"""What a schedule says of itself before it runs."""
+"""What a schedule is, and what it says of itself before it runs.
+
+@trains_at_most(lambda epochs: epochs)
+def my_schedule(problem: Problem, *, epochs: int) -> Requests:
+    yield Mask()
+    yield Train(epochs)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
 
-from prune_cli.schedules.requests import Done, Memo, Request, Train
+from prune_cli.schedules.problem import Problem
+from prune_cli.schedules.requests import Request, Train
 
-Schedule = Callable[[Memo | None], tuple[Memo, Request]]
+Requests = Generator[Request, Any, None]
+"""A schedule at work: it yields requests and is sent their answers."""
+
+Schedule = Callable[[Problem], Requests]
+"""A schedule with its parameters bound."""
+
+BOUND = "most_epochs"
+
+Function = TypeVar("Function", bound=Callable[..., Requests])
+
+
+def trains_at_most(epochs: Callable[..., int]) -> Callable[[Function], Function]:
+    """Declares how many epochs a schedule trains at most, short trainings of candidates not counted.
+
+    Args:
+        epochs: called with those of the schedule's parameters that it names.
+    """
+
+    def declare(schedule: Function) -> Function:
+        setattr(schedule, BOUND, epochs)
+        return schedule
+
+    return declare
 
 
 def most_epochs(schedule: Schedule) -> int | None:
-    """Epochs that a schedule trains at most; None where it cannot say.
+    """Epochs that a schedule trains at most; None where it does not say."""
+    function = schedule.func if isinstance(schedule, functools.partial) else schedule
+    bound: Callable[..., int] | None = getattr(function, BOUND, None)
+    if bound is None:
+        return None
+    given = schedule.keywords if isinstance(schedule, functools.partial) else {}
+    parameters = inspect.signature(function).bind_partial(**given)
+    parameters.apply_defaults()
+    return bound(**{name: parameters.arguments[name] for name in inspect.signature(bound).parameters})
+
+
+def first_request(schedule: Schedule, problem: Problem) -> Request | None:
+    """What a schedule asks first, which checks its parameters: nothing is carried out. None: nothing at all.
 
     Raises:
-        ConfigError: values of its parameters that it does not take.
+        ConfigError, ScheduleError: what the schedule finds wrong with its parameters or the problem.
     """
-    epochs = 0
-    memo, request = schedule(None)
-    while not isinstance(request, Done):
-        epochs = request.until if isinstance(request, Train) else epochs
-        memo, request = schedule(memo)
-    return epochs
+    asked = schedule(problem)
+    try:
+        return next(asked, None)
+    finally:
+        asked.close()
+
+
+def trains(schedule: Schedule) -> bool:
+    """Whether a schedule may train the network: one that does not say how long may."""
+    return most_epochs(schedule) != 0
+
+
+def trains_first(schedule: Schedule, problem: Problem) -> bool:
+    """Whether a schedule trains the network before it chooses anything."""
+    return isinstance(first_request(schedule, problem), Train)

@@ -15,13 +15,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prune_cli.errors import ConfigError
-from prune_cli.granularities.units import Group
+from prune_cli.granularities.units import Group, Units
 from prune_cli.measure import cost as measure
 from prune_cli.measure import latency
 from prune_cli.selection import latency_table
 from prune_cli.selection.ranking import Limits, Ranking, smallest
 from prune_cli.structure import surgery
 from prune_cli.structure.plan import Plan
+from prune_cli.structure.prunable import owner
 
 log = logging.getLogger(__name__)
 
@@ -74,17 +75,16 @@ class Budget:
         return Fraction(whole) - share * (Fraction(whole) - end)
 
 
-def check_legal(budget: Budget, units: object, has_ratios: bool) -> None:
+def check_legal(budget: Budget, units: Units, has_ratios: bool) -> None:
     """Refuses a budget beside ratios, and for units that it does not fit.
 
     Raises:
         ConfigError: says what would be legal.
     """
-    legal: tuple[str, ...] = getattr(units, "budgets", ())
-    if budget.quantity not in legal:
-        kind = type(units).__name__.lower()
-        choices = f"this granularity takes {' or '.join(legal)}" if legal else "choose granularity=filter or element"
-        raise ConfigError(f"granularity.budget.{budget.quantity} does not work with {kind} units; {choices}")
+    if budget.quantity not in units.budgets:
+        taken = f"this granularity takes {' or '.join(units.budgets)}"
+        choices = taken if units.budgets else "choose granularity=filter or element"
+        raise ConfigError(f"granularity.budget.{budget.quantity} does not work with {units.name} units; {choices}")
     if has_ratios:
         raise ConfigError(
             "granularity.budget finds the ratios itself: rules may name and exclude layers, but not set ratios, and "
@@ -216,21 +216,8 @@ def _cost(
 
 def _of_weights(quantity: Quantity, groups: Sequence[Group], model: nn.Module, example_inputs: Tensor) -> CostOf:
     """Every unit of a group masks equally many weights; a weight masked is its products saved."""
-    found = measure.cost(model, example_inputs)
-    macs = {layer.name: layer.macs for layer in found.layers}
-    parameters = dict(model.named_parameters())
-    total = found.macs if quantity == "macs" else found.params
-    owned, each = [], []
-    for group in groups:
-        saved = Fraction(0)
-        for name, mask in group.mask(
-            torch.zeros(group.scores.numel(), dtype=torch.bool, device=group.scores.device)
-        ).items():
-            size = parameters[name].numel()
-            gone = size - int(mask.expand(parameters[name].shape).sum())
-            saved += Fraction(gone, size) * macs.get(name.rpartition(".")[0], 0) if quantity == "macs" else gone
-        owned.append(saved)
-        each.append(saved / group.scores.numel())
+    total, owned = masked_costs(quantity, groups, model, example_inputs)
+    each = [mine / group.scores.numel() for mine, group in zip(owned, groups, strict=True)]
     fixed = total - sum(owned)
 
     def count(counts: Sequence[int]) -> int:
@@ -238,6 +225,26 @@ def _of_weights(quantity: Quantity, groups: Sequence[Group], model: nn.Module, e
         return math.ceil(fixed) + sum(math.ceil(part) for part in left)
 
     return count
+
+
+def masked_costs(
+    quantity: Quantity, groups: Sequence[Group], model: nn.Module, example_inputs: Tensor
+) -> tuple[int, list[Fraction]]:
+    """Parameters or multiply-adds of the whole network, and what of them the masks of each group could remove."""
+    found = measure.cost(model, example_inputs)
+    macs = {layer.name: layer.macs for layer in found.layers}
+    parameters = dict(model.named_parameters())
+    owned = []
+    for group in groups:
+        saved = Fraction(0)
+        for name, mask in group.mask(
+            torch.zeros(group.scores.numel(), dtype=torch.bool, device=group.scores.device)
+        ).items():
+            size = parameters[name].numel()
+            gone = size - int(mask.expand(parameters[name].shape).sum())
+            saved += Fraction(gone, size) * macs.get(owner(name), 0) if quantity == "macs" else gone
+        owned.append(saved)
+    return found.macs if quantity == "macs" else found.params, owned
 
 
 def _milliseconds(table: latency_table.Table, groups: Sequence[Group], orders: Sequence[np.ndarray]) -> CostOf:

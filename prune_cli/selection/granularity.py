@@ -7,6 +7,7 @@ How many go is decided here, from ratios, scope and floors; which go, by the sco
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,13 +22,12 @@ from prune_cli.errors import ConfigError, nearest
 from prune_cli.granularities.units import (
     Constraint,
     Context,
-    Coupled,
     Dependency,
-    Formed,
-    Intersection,
+    FindPlan,
     Ratio,
-    Silences,
     Units,
+    adopted,
+    check_declared,
 )
 from prune_cli.masks import Masks
 from prune_cli.measure.storage import MaskFormat
@@ -36,8 +36,7 @@ from prune_cli.selection import targets
 from prune_cli.selection.budget import Budget
 from prune_cli.selection.ranking import Limits, Normalize, Scope
 from prune_cli.selection.targets import Rule
-from prune_cli.structure.prunable import layers, weight_of
-from prune_cli.structure.verified import Shrinks
+from prune_cli.structure.prunable import layers, target
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +78,9 @@ class Granularity:
     dependency: Dependency = "group"
     shrink: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "units", adopted(self.units))
+
     @property
     def limits(self) -> Limits:
         """What bounds the number of units that go from one layer."""
@@ -88,9 +90,11 @@ class Granularity:
         """The ratio asked of each weight, by parameter name."""
         return targets.ratios(model, self.ratio, self.rules, self.ratio_file)
 
-    def forms(self, model: nn.Module, masks: Masks) -> dict[str, MaskFormat]:
-        """How each of the masks that these units made is stored."""
-        known = self.units.forms(model, self.ratios(model)) if isinstance(self.units, Formed) else {}
+    def forms(
+        self, model: nn.Module, masks: Masks, asked: Mapping[str, float | str] | None = None
+    ) -> dict[str, MaskFormat]:
+        """How each of the masks that these units made is stored; `asked`: the ratios where they are known already."""
+        known = self.units.forms(model, self.ratios(model) if asked is None else asked)
         return {name: known.get(name, MaskFormat()) for name in masks}
 
     def named(self, model: nn.Module) -> frozenset[str]:
@@ -100,19 +104,21 @@ class Granularity:
             return frozenset()
         return frozenset(targets.ratios(model, self.ratio, rules, self.ratio_file)) & frozenset(self.ratios(model))
 
-    def split(self, model: nn.Module) -> tuple[Granularity, tuple[Constraint, ...]]:
+    def split(
+        self, model: nn.Module, asked: Mapping[str, float | str] | None = None
+    ) -> tuple[Granularity, tuple[Constraint, ...]]:
         """For ADMM: the granularity whose masks lie in all constraint sets, and the sets; most have just themselves.
 
         What a set takes from weights (the patterns of a library) is taken from the network as it is, once and for all.
         """
-        if not isinstance(self.units, Intersection):
-            return self, (Constraint("units", self.units),)
-        units, sets = self.units.constraints(model, self.ratios(model))
+        units, sets = self.units.constraints(model, self.ratios(model) if asked is None else asked)
         return replace(self, units=units), sets
 
-    def complete(self, model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
+    def complete(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
+    ) -> dict[str, Tensor]:
         """The masks with those of the parameters that only serve what is masked, where these units leave any."""
-        return self.units.complete(model, example_inputs, masks) if isinstance(self.units, Silences) else dict(masks)
+        return self.units.complete(model, example_inputs, masks, plan)
 
     def check(self, model: nn.Module, criterion: Criterion, example_inputs: Tensor | None = None) -> None:
         """Refuses what makes no sense for this network and criterion.
@@ -141,7 +147,7 @@ class Granularity:
             for name in self.max_ratio:
                 if name not in found:
                     raise ConfigError(f"granularity.max_ratio: no layer {name!r}{nearest(name, found)}")
-        if self.dependency != "group" and not isinstance(self.units, Coupled):
+        if self.dependency != "group" and not self.units.coupled:
             raise ConfigError(
                 f"granularity.dependency={self.dependency} is about channels that shrink together; "
                 "it needs granularity=filter"
@@ -149,26 +155,26 @@ class Granularity:
         if self.budget:
             budgets.check_legal(self.budget, self.units, self.ratio_file is not None or any(
                 rule.ratio is not None for rule in self.rules))  # fmt: skip
-        if self.shrink and not isinstance(self.units, Shrinks):
+        if self.shrink and not self.units.shrinks:
             raise ConfigError(
                 "granularity.shrink=true, but units of this granularity can only be masked; choose granularity=filter, "
                 "stripe or shrink=false"
             )
-        computed = [name for name in asked if not isinstance(weight_of(model, name), nn.Parameter)]
-        if computed and not isinstance(self.units, Coupled):
+        computed = [name for name in asked if not target(model, name).is_parameter]
+        if computed and not self.units.coupled:
             raise ConfigError(
                 f"{computed[0]} is computed from other parameters (weight_norm, a parametrization), so single weights of it "
                 "cannot be masked; choose granularity=filter, or exclude the layer by a rule"
             )
+        check_declared(self.units, asked, criterion)
         self.units.check(model, asked, criterion)
         if asked:
             try_out(criterion, model, next(iter(asked)))
-        if example_inputs is None or not (self.budget or isinstance(self.units, Coupled)):
+        if example_inputs is None or not (self.budget or self.units.coupled):
             return
-        blank = {name: torch.zeros(()).expand(weight_of(model, name).shape) for name in asked}
+        blank = {name: torch.zeros(()).expand(target(model, name).weight.shape) for name in asked}
         context = Context(model, example_inputs, blank, asked, {}, self.dependency)
-        if isinstance(self.units, Coupled):
-            for line in self.units.explain(context, self.named(model)):
-                log.warning("%s", line)
+        for line in self.units.explain(context, self.named(model)):
+            log.warning("%s", line)
         if self.budget:
             budgets.check_reachable(self.budget, self.units.groups(context), self.limits, model, example_inputs)

@@ -47,7 +47,7 @@ class Limits:
     def _largest(self, group: Group) -> float:
         if not isinstance(self.max_ratio, Mapping):
             return self.max_ratio
-        names = group.layers or (group.name.removesuffix(".weight"),)
+        names = group.layer_names
         return min((self.max_ratio[name] for name in names if name in self.max_ratio), default=1.0)
 
     def rounded(self, size: int, count: int) -> int:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from torch import Tensor, nn
 
 from prune_cli.criteria import sites as finding
-from prune_cli.criteria.criterion import Criterion, Need
-from prune_cli.criteria.flow import synaptic_flow
+from prune_cli.criteria.criterion import Criterion
 from prune_cli.data.dataset import Dataset
 from prune_cli.errors import ConfigError
 from prune_cli.selection.granularity import Granularity
 from prune_cli.structure import modes, prunable
 from prune_cli.structure.follow import analyse
 
-KNOWN = {"norm", "n_keep", "movement"}  # of network, request and training: nothing is measured for these
-WITHOUT_IMAGES = {"synaptic_flow"}
-MEASURED = frozenset(get_args(Need)) - KNOWN
-OF_RUNNING_LAYERS = {"not_positive", "mean", "rank", "input_norm"}
-OF_NORMS = {"norm", "taylor_gate"}
-
 
 def needs_images(criterion: Criterion) -> bool:
     """Whether calibration images must be there."""
-    return bool(set(criterion.needs) - KNOWN - WITHOUT_IMAGES)
+    return any(need.from_images for need in criterion.entries)
 
 
 def check(
@@ -44,14 +35,13 @@ def check(
     Raises:
         ConfigError: says why and what would be legal.
     """
-    needs = set(criterion.needs)
-    if "n_keep" in needs and (granularity.scope == "global" or granularity.budget):
+    if criterion.reads("request") and (granularity.scope == "global" or granularity.budget):
         key = "budget" if granularity.budget else "scope=global"
         raise ConfigError(
             f"granularity.{key} finds out from the scores how many filters a layer keeps, but this criterion needs that "
             "number to score them; choose granularity.scope=layer with a ratio, or another criterion"
         )
-    if "movement" in needs and not trained:
+    if criterion.reads("training") and not trained:
         raise ConfigError(
             "criterion: needs training before the first scores, as it sums up how weights move meanwhile; choose "
             "schedule=iterative with schedule.start of at least 1 in a prune stage, or another criterion"
@@ -62,27 +52,30 @@ def check(
             "that reads the weights"
         )
     asked = list(granularity.ratios(model))
-    if "synaptic_flow" in needs and all(bool(prunable.weight_of(model, name).any()) for name in asked):
+    flows = [need.take for need in criterion.entries if need.source == "flow" and need.take]
+    if flows and all(bool(prunable.target(model, name).weight.any()) for name in asked):
         # Weights that are 0 before training, as some classifiers', let nothing through yet and tell nothing.
-        synaptic_flow(model, example_inputs, asked)
-    if not needs & (OF_RUNNING_LAYERS | OF_NORMS):
+        for flow in flows:
+            flow(model, example_inputs, asked)
+    of_norms = any(need.of_norm for need in criterion.entries)
+    if not (of_norms or criterion.reads("outputs", "inputs")):
         return
     with modes.evaluating(model):
         found = finding.find(model, example_inputs)
-    if needs & OF_RUNNING_LAYERS:
+    if criterion.reads("outputs", "inputs"):
         ran = {site.weight for site in found.sites}
         if silent := [name for name in asked if name not in ran]:
             raise ConfigError(
                 f"criterion: needs the activations of {_some(silent)}, which cannot be seen when the network runs in eval "
                 "mode; exclude such layers with granularity.rules or choose another criterion"
             )
-    if needs & OF_NORMS:
+    if of_norms:
         _check_norms(model, found, asked, example_inputs)
 
 
 def _check_norms(model: nn.Module, found: finding.Sites, asked: list[str], example_inputs: Tensor) -> None:
     """Every family of filters that will be ranked has a norm with a scale behind one of its layers."""
-    layers = {f"{name}.weight" for name in prunable.layers(model)}
+    layers = prunable.targets(model)
     bare = []
     for family in analyse(model, example_inputs).families:
         names = [name for name, _ in family.producers if name in layers]

@@ -1,10 +1,11 @@
-"""LayerSelector units go: exactly the lowest k of n, or what a budget leaves."""
+"""Which units go: exactly the lowest k of n, or what a budget leaves."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -14,17 +15,16 @@ from torch import Tensor, nn
 from prune_cli.criteria import sites
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.scoring import score_of
-from prune_cli.errors import ConfigError
-from prune_cli.granularities.units import Context, Group
+from prune_cli.errors import ConfigError, ScheduleError, nearest
+from prune_cli.granularities.units import Context, FindPlan, Group
 from prune_cli.masks import Masks
 from prune_cli.selection import budget as budgets
 from prune_cli.selection.granularity import Granularity
-from prune_cli.selection.ranking import Ranking, even, rank
-from prune_cli.selection.ranking import normalized as normalized
+from prune_cli.selection.ranking import Limits, Ranking, even, rank
 from prune_cli.structure import slicing
 from prune_cli.structure.keep import spared
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.prunable import output_axis, weight_of
+from prune_cli.structure.prunable import target
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,11 @@ class Selection:
         masks: parameter name -> True = keep.
         units: all units that could go.
         removed: those that do.
-        requested: fraction of the units asked for; None where a budget decides.
+        requested: fraction of the units asked for; None where a budget or counts decide.
         channels: output channels of the network that could go if every layer were asked for; 0 for other units.
         channels_removed: those that do.
         candidate: the channel plan and which of its units stay, where units are channels.
+        kept: group name -> units that stay; see `names_of`.
     """
 
     masks: dict[str, Tensor]
@@ -50,6 +51,17 @@ class Selection:
     channels: int = 0
     channels_removed: int = 0
     candidate: tuple[Plan, np.ndarray] | None = None
+    kept: Mapping[str, int] = field(default_factory=dict)
+
+    def growing(self, model: nn.Module) -> dict[str, Tensor]:
+        """The masks that zero units so that they can grow back: of channels, only the rows that produce them.
+
+        The norms and the columns behind a channel stay as they are (arXiv:1808.06866, section 3.2): with those at zero
+        too, no gradient would reach its weights.
+        """
+        if self.candidate is None:
+            return self.masks
+        return slicing.structured_masks(model, *self.candidate, producers_only=True)
 
 
 def select(
@@ -59,47 +71,137 @@ def select(
     example_inputs: Tensor,
     *,
     share: float = 1.0,
+    kept: Mapping[str, int] | None = None,
     masked: Masks | None = None,
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     seed: int = 0,
+    asked: Mapping[str, float | str] | None = None,
+    plan: FindPlan | None = None,
 ) -> Selection:
     """Scores every unit and masks exactly the lowest k of n, ties by index.
 
     Args:
         share: part of the ratio to apply, in [0, 1].
+        kept: instead of a share: group name -> units that stay; see `names_of`. Groups that are absent stay whole.
         masked: masks whose units stay removed, or None to choose afresh.
         statistics: parameter name -> what the criterion's needs collected.
         seed: for criteria that draw numbers; each layer has its own generator.
+        asked: the granularity's ratios of this network, where they are known already.
+        plan: gives the network's channel plan, where somebody keeps it.
     """
-    asked = granularity.ratios(model)
-    norms = sites.norms(model, example_inputs) if "norm" in criterion.needs else {}
-    kept: Mapping[str, int] = {}
-    if "n_keep" in criterion.needs:
-        kept = rows_kept(granularity, model, example_inputs, asked, Fraction(str(share)), masked or {})
+    asked = granularity.ratios(model) if asked is None else asked
+    part = Fraction(str(share))
+    context = Context(model, example_inputs, {}, asked, masked or {}, granularity.dependency, plan)
+    groups = scored(granularity, criterion, context, statistics or {}, seed, share=part, kept=kept)
+    if kept is not None:
+        return chosen(model, groups, keep_counts(ordered(groups), kept), None)
+    keeps = keep_units(groups, granularity, part, model, example_inputs)
+    units = sum(keep.numel() for keep in keeps)
+    requested = None
+    if granularity.budget is None:
+        requested = float(sum(group.ratio * group.scores.numel() for group in groups) / max(units, 1))
+    return chosen(model, groups, keeps, requested)
+
+
+def scored(
+    granularity: Granularity,
+    criterion: Criterion,
+    context: Context,
+    statistics: Mapping[str, Mapping[str, Tensor]],
+    seed: int,
+    *,
+    share: Fraction = Fraction(1),
+    kept: Mapping[str, int] | None = None,
+) -> list[Group]:
+    """The groups of a network with their scores.
+
+    Args:
+        context: of the network; its scores are not looked at.
+        statistics: parameter name -> what the criterion's needs collected.
+        seed: for criteria that draw numbers.
+        share: of the ratio that will be applied, for criteria that need to know how much is kept.
+        kept: group name -> units that will stay, instead of a share; for the same.
+    """
+    model, asked = context.model, context.ratios
+    norms = sites.norms(model, context.example_inputs) if criterion.reads("structure") else {}
+    rows = rows_kept(granularity, context, share, kept) if criterion.reads("request") else {}
     scores = {
         name: score_of(
             model,
             name,
             criterion,
-            (statistics or {}).get(name, {}),
+            statistics.get(name, {}),
             seed + index,
             norm=norms.get(name),
-            n_keep=kept.get(name),
+            n_keep=rows.get(name),
         )
         for index, name in enumerate(asked)
     }
-    context = Context(model, example_inputs, scores, asked, masked or {}, granularity.dependency)
-    groups = granularity.units.groups(context)
-    keeps = keep_units(groups, granularity, Fraction(str(share)), model, example_inputs)
+    return granularity.units.groups(replace(context, scores=scores))
+
+
+def chosen(model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor], requested: float | None) -> Selection:
+    """The selection that keeps these units of each group.
+
+    Args:
+        requested: fraction of the units asked for.
+    """
+    counts = [int(keep.sum()) for keep in keeps]
     units = sum(keep.numel() for keep in keeps)
-    requested = None
-    if granularity.budget is None:
-        requested = float(sum(group.ratio * group.scores.numel() for group in groups) / max(units, 1))
-    gone = units - sum(int(keep.sum()) for keep in keeps)
     structure = groups[0].structure if groups else None
     candidate = (structure.plan, budgets.kept_in_plan(groups, keeps)) if structure else None
+    kept = dict(zip(names_of(groups), counts, strict=True))
     masks = combined(model, groups, keeps)
-    return Selection(masks, units, gone, requested, *_channels(candidate), candidate)
+    return Selection(masks, units, units - sum(counts), requested, *_channels(candidate), candidate, kept)
+
+
+def names_of(groups: Sequence[Group]) -> list[str]:
+    """The names of groups, the second of a name as `NAME#2`: a layer's channels may lie in several coupled sets."""
+    seen: Counter[str] = Counter()
+    names = []
+    for group in groups:
+        seen[group.name] += 1
+        names.append(group.name if seen[group.name] == 1 else f"{group.name}#{seen[group.name]}")
+    return names
+
+
+def ordered(groups: Sequence[Group]) -> Ranking:
+    """The units of every group in the order in which they go, each group by itself.
+
+    Raises:
+        ScheduleError: the units are chosen by patterns, so that there is no such order.
+    """
+    if any(group.choose for group in groups):
+        raise ScheduleError(
+            "schedule: it says how many units each layer keeps, but units of this granularity are chosen by patterns; "
+            "choose granularity=filter, element, kernel or stripe, or another schedule"
+        )
+    return rank(even(groups), "layer", "none", Limits())
+
+
+def keep_counts(ranking: Ranking, kept: Mapping[str, int]) -> list[Tensor]:
+    """One bool vector per group, True = keep, with exactly so many units of each; groups that are absent stay whole.
+
+    Args:
+        ranking: from `ordered`.
+        kept: group name -> units that stay.
+
+    Raises:
+        ScheduleError: no such group, or a count that it cannot have.
+    """
+    groups = list(ranking.groups)
+    names = names_of(groups)
+    if unknown := [name for name in kept if name not in names]:
+        raise ScheduleError(f"schedule: there is no group of units {unknown[0]!r}{nearest(unknown[0], names)}")
+    counts = []
+    for name, group in zip(names, groups, strict=True):
+        size = group.scores.numel()
+        alive = size - int((group.scores == float("-inf")).sum())
+        count = kept.get(name, alive)
+        if not min(1, alive) <= count <= alive:
+            raise ScheduleError(f"schedule: {count} units of {name} cannot stay, only from 1 to {alive}")
+        counts.append(size - count)
+    return _spared(groups, ranking.keep(counts))
 
 
 def _channels(candidate: tuple[Plan, np.ndarray] | None) -> tuple[int, int]:
@@ -124,23 +226,22 @@ def combined(model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor])
 
 
 def rows_kept(
-    granularity: Granularity,
-    model: nn.Module,
-    example_inputs: Tensor,
-    asked: Mapping[str, float | str],
-    share: Fraction,
-    masked: Masks,
+    granularity: Granularity, context: Context, share: Fraction, counts: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """How many output channels each weight will keep, by name: the counts do not depend on scores inside a layer.
 
     A choice by equal scores is made and its masks are counted, so that coupled layers get their family's number.
     """
-    blank = {name: torch.zeros(weight_of(model, name).shape[output_axis(model, name)]) for name in asked}
-    groups = granularity.units.groups(Context(model, example_inputs, blank, asked, masked, granularity.dependency))
+    model, asked = context.model, context.ratios
+    blank = {name: torch.zeros(target(model, name).channels) for name in asked}
+    groups = granularity.units.groups(replace(context, scores=blank))
     kept = {name: scores.numel() for name, scores in blank.items()}
-    keeps = keep_units(groups, granularity, share, model, example_inputs)
+    if counts is None:
+        keeps = keep_units(groups, granularity, share, model, context.example_inputs)
+    else:
+        keeps = keep_counts(ordered(groups), counts)
     for name, mask in combined(model, groups, keeps).items():
-        axis = output_axis(model, name) if name in kept else 0
+        axis = target(model, name).axis if name in kept else 0
         if name in kept and mask.shape[axis] == kept[name]:  # masks of input channels alone have one row for all
             kept[name] = int(mask.movedim(axis, 0).flatten(1).any(1).sum())
     return kept

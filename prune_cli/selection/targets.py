@@ -1,9 +1,9 @@
-"""LayerSelector layers get what ratio: ordered rules, or a mapping from parameter names in a YAML file."""
+"""Which layers get what ratio: ordered rules, or a mapping from parameter names in a YAML file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -14,12 +14,12 @@ from torch import nn
 from prune_cli.config.locations import find_file
 from prune_cli.errors import ConfigError, nearest
 from prune_cli.granularities.units import Ratio
-from prune_cli.structure.prunable import layers
+from prune_cli.structure.prunable import Target, layers, targets
 
 
 @dataclass(frozen=True)
 class LayerSelector:
-    """LayerSelector layers a rule is about. A layer matches when it satisfies every key given; the last match wins.
+    """Which layers a rule is about. A layer matches when it satisfies every key given; the last match wins.
 
     Attributes:
         types: class names such as Conv2d; `default` stands for every layer type that can be pruned.
@@ -66,12 +66,12 @@ def ratios(model: nn.Module, ratio: float, rules: Sequence[Rule], ratio_file: Pa
     if rules and ratio_file:
         raise ConfigError("granularity: give either rules or ratio_file, not both")
     if ratio_file:
-        return _from_file(found, ratio_file)
+        return _from_file(targets(model), ratio_file)
     if not rules:
-        return {f"{name}.weight": ratio for name in found}
+        return dict.fromkeys(targets(model), ratio)
     chosen = last_matches(found, rules, "granularity.rules")
     return {
-        f"{name}.weight": ratio if rule.ratio is None else rule.ratio
+        Target(name, found[name]).name: ratio if rule.ratio is None else rule.ratio
         for name, rule in chosen.items()
         if not rule.exclude
     }
@@ -121,7 +121,7 @@ def _why(rule: LayerSelector, found: dict[str, nn.Module]) -> str:
     return f"; the network has no {unknown[0]}{nearest(unknown[0], kinds)}" if unknown else ""
 
 
-def _from_file(found: dict[str, nn.Module], path: Path) -> dict[str, float | str]:
+def _from_file(names: Collection[str], path: Path) -> dict[str, float | str]:
     path = find_file(path)
     try:
         content = yaml.safe_load(path.read_text())
@@ -129,7 +129,6 @@ def _from_file(found: dict[str, nn.Module], path: Path) -> dict[str, float | str
         raise ConfigError(f"granularity.ratio_file: cannot read {path} ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not isinstance(content.get("prune_ratio"), dict):
         raise ConfigError(f"{path}: needs a mapping prune_ratio: {{parameter name: ratio}}")
-    names = {f"{name}.weight" for name in found}
     chosen: dict[str, float | str] = {}
     for key, value in content["prune_ratio"].items():
         name = str(key).removeprefix("module.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from prune_cli.errors import Interrupted
 from prune_cli.masks import Masks
 from prune_cli.measure.accuracy import accuracy
 from prune_cli.pipeline.state import Outcome, State
+from prune_cli.stages import remembering
+from prune_cli.stages.remembering import Recorder
 from prune_cli.training import fit as loop
 from prune_cli.training.fit import OptimizerFactory, Progress
 from prune_cli.training.training import Training
@@ -36,17 +38,21 @@ def learn(
     regularise: loop.Regularise | None = None,
     progress: Progress | None = None,
     save: Save | None = None,
+    stepped: Callable[[Progress], None] | None = None,
+    seed: int | None = None,
 ) -> Progress:
     """Trains `state.model` in place on the training split, to `until` or to the end.
 
     Args:
         save: receives tensors and numbers of a resumable checkpoint; the stage's slot by default.
+        stepped: called after every batch.
+        seed: of the batches' order and augmentation; the stage's own by default.
 
     Raises:
         Interrupted: the user asked to stop; a resumable checkpoint is in the slot.
         TrainingError: the loss is not finite.
     """
-    batches = state.data.train(training.batch_size, state.stage_seed, shard=state.world.shard)
+    batches = state.data.train(training.batch_size, state.stage_seed if seed is None else seed, shard=state.world.shard)
     split = training.fit.select_on if training.fit.select_on != "last" else "val"
     write = save or state.keep
 
@@ -57,6 +63,8 @@ def learn(
         write(progress.tensors(state.model), progress.numbers())
 
     def tick(progress: Progress, count: int, rate: float) -> None:
+        if stepped:
+            stepped(progress)
         mean = progress.loss_sum / max(progress.seen, 1)
         state.console.tick(progress.epoch, progress.step, count, rate, mean)
 
@@ -99,8 +107,21 @@ def trained(
     epochs: int,
     training: Training,
     regularise: loop.Regularise | None = None,
+    remember: Sequence[str] = (),
 ) -> State:
-    """The state after a whole training under the state's masks, gone on from where an earlier run of it stopped."""
+    """The state after a whole training under the state's masks, gone on from where an earlier run of it stopped.
+
+    Args:
+        remember: moments of which the stage keeps a snapshot; see `remembering.moment`.
+    """
+    batches = len(state.data.train(training.batch_size, 0, shard=state.world.shard))
+    recorder = Recorder(remember, state.model, batches, training.fit.accumulate)
+    begun = resumed(state, training.optimizer, recorder)
+    recorder(begun)
+
+    def save(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        state.keep({**tensors, **recorder.tensors()}, numbers)
+
     progress = learn(
         state,
         loss,
@@ -108,11 +129,19 @@ def trained(
         training=training,
         masks=state.masks,
         regularise=regularise,
-        progress=resumed(state, training.optimizer),
+        progress=begun,
+        save=save,
+        stepped=recorder,
     )
-    return state.evolve(
-        outcome=Outcome(epochs=progress.epoch, select_on=training.fit.select_on, history=tuple(progress.history))
+    if missing := [tag for tag in remember if tag not in recorder.taken]:
+        log.warning("%s: the training ended before %s was to be remembered", state.stage, ", ".join(missing))
+    outcome = Outcome(
+        epochs=progress.epoch,
+        select_on=training.fit.select_on,
+        history=tuple(progress.history),
+        files=recorder.files(),
     )
+    return state.evolve(outcome=outcome)
 
 
 def _accuracy(state: State, model: nn.Module, split: str) -> float:
@@ -134,12 +163,20 @@ def _same_buffers(state: State, model: nn.Module) -> None:
             model.get_buffer(name).copy_(buffer)
 
 
-def resumed(state: State, optimizer: OptimizerFactory) -> Progress | None:
-    """The progress of an earlier, unfinished run of this stage, with its weights loaded; None for a fresh start."""
+def resumed(state: State, optimizer: OptimizerFactory, recorder: Recorder | None = None) -> Progress | None:
+    """The progress of an earlier, unfinished run of this stage, with its weights loaded; None for a fresh start.
+
+    Args:
+        recorder: gets the snapshots back that the checkpoint holds.
+    """
     found = state.unfinished()
     if not found:
         return None
-    progress = loop.restore_progress(state.model, optimizer, *found)
+    tensors, numbers = found
+    if recorder:
+        recorder.restore(tensors)
+    own = {name: value for name, value in tensors.items() if not name.startswith(remembering.PREFIX)}
+    progress = loop.restore_progress(state.model, optimizer, own, numbers)
     log.info("%s: going on from epoch %d, step %d", state.stage, progress.epoch + 1, progress.step)
     return progress
 

@@ -32,8 +32,9 @@ from prune_cli.selection.ranking import rank
 from prune_cli.selection.select import select
 from prune_cli.selection.targets import Rule
 from prune_cli.stages import learning
-from prune_cli.stages.prune import statistics_of
 from prune_cli.stages.sensitivity_plot import Point, curves
+from prune_cli.stages.session import statistics_of
+from prune_cli.structure.prunable import owner
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def candidates(
     granularity: Granularity, criterion: Criterion, state: State, ratios: Sequence[float], calibration: Calibration
 ) -> Iterator[Candidate]:
     """Every group of units at every ratio, chosen on the network as it is now."""
-    statistics = statistics_of(state, criterion, granularity, calibration)
+    statistics = statistics_of(state, criterion, list(granularity.ratios(state.model)), calibration)
     seed = state.stage_seed % 2**62
     for ratio in ratios:
         found = _Found(granularity.units, [])
@@ -191,13 +192,13 @@ def candidates(
             ranking = rank([group], request.scope, request.normalize, request.limits)
             (keep,) = ranking.keep(ranking.counts(Fraction(1)))
             realised = int((~keep).sum()) / keep.numel()
-            members = tuple(f"{layer}.weight" for layer in group.layers or (group.name.removesuffix(".weight"),))
+            members = tuple(f"{layer}.weight" for layer in group.layer_names)
             yield Candidate(group.name, members, ratio, realised, group.mask(keep))
 
 
 def _everywhere(granularity: Granularity, model: nn.Module, ratio: float) -> Granularity:
     """The granularity with one ratio for every layer that it asks for, each layer by itself."""
-    names = tuple(name.removesuffix(".weight") for name in granularity.ratios(model))
+    names = tuple(owner(name) for name in granularity.ratios(model))
     return replace(
         granularity,
         ratio=ratio,
@@ -210,7 +211,7 @@ def _everywhere(granularity: Granularity, model: nn.Module, ratio: float) -> Gra
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Found(Units):
     """Units that remember the groups they formed, with the scores that `select` gave them."""
 
     units: Units

@@ -18,8 +18,7 @@ from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.files import artifacts, pruned
 from prune_cli.files.pruned import Record
-from prune_cli.layers.stripe_conv import StripeConv2d
-from prune_cli.pipeline import shrinking
+from prune_cli.layers.replacing import kind_of
 from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection import targets
@@ -30,8 +29,6 @@ from prune_cli.structure.lineage import Lineage
 from prune_cli.training import weight_sharing
 from prune_cli.training.fit import Epochs
 from prune_cli.training.training import Training
-
-SHARED = (*prunable.PRUNABLE, StripeConv2d)  # layers whose weights may share values
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +132,7 @@ def widths(model: nn.Module, conv: Bits, linear: Bits, rules: tuple[BitsRule, ..
     Raises:
         ConfigError: a rule that matches nothing.
     """
-    found: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if isinstance(module, SHARED)}
+    found = {name: module for name, module in model.named_modules() if _multiplies(module)}
     special = targets.last_matches(found, rules, f"{stage}.rules")
     chosen = {}
     for name, module in found.items():
@@ -143,6 +140,12 @@ def widths(model: nn.Module, conv: Bits, linear: Bits, rules: tuple[BitsRule, ..
         if not rule.exclude:
             chosen[f"{name}.weight"] = Bits(rule.value or usual.value, rule.gap or usual.gap)
     return chosen
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a layer multiplies by a weight of its own, whose values may be shared."""
+    kind = kind_of(module)
+    return isinstance(module, prunable.PRUNABLE) if kind is None else kind.out_width(module) is not None
 
 
 def _clustered(state: State, bits: dict[str, Bits]) -> dict[str, Clustered]:
@@ -166,8 +169,7 @@ def _clustered(state: State, bits: dict[str, Bits]) -> dict[str, Clustered]:
 
 def _compressed(state: State, bits: dict[str, Bits]) -> tuple[bytes, dict[str, Sizes]]:
     """The compressed file of the network, which needs nothing else to be loaded, and what it holds."""
-    lineage = shrinking.composed(state.lineage) or Lineage()
-    record = Record(state.architecture.node, lineage, state.data.num_classes, state.data.shape)
+    record = Record(state.architecture.node, state.lineage or Lineage(), state.data.num_classes, state.data.shape)
     return compress(state.model.state_dict(), {}, bits, pruned.description(state.model, record))
 
 

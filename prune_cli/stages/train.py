@@ -19,6 +19,7 @@ from prune_cli.pipeline.loading import build_architecture
 from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Architecture, State
 from prune_cli.stages import learning
+from prune_cli.stages.remembering import moment
 from prune_cli.training.fit import Epochs
 from prune_cli.training.training import Training
 
@@ -29,20 +30,34 @@ MOST = 2  # epochs of an equal-compute training, relative to the dense network's
 
 
 def check(
-    state: State, *, init: str | None = None, init_budget: Literal["epochs", "compute"] = "epochs"
-) -> State | None:
-    """Refuses a cfg that does not fit the network.
+    state: State,
+    *,
+    epochs: Epochs,
+    training: Training,
+    init: str | None = None,
+    init_budget: Literal["epochs", "compute"] = "epochs",
+    remember: tuple[str | int, ...] = (),
+) -> State:
+    """Refuses moments that the training does not reach, and a cfg that does not fit the network.
 
     Returns:
-        with `init`, the state as later stages will find it: of a network that nothing was taken out of.
+        the state as later stages will find it: with what will be remembered, and with `init` of a network that nothing
+        was taken out of.
     """
+    steps = -(-len(state.data.train(training.batch_size, 0)) // training.fit.accumulate)
+    for tag in remember:
+        if moment(tag, steps) > epochs * steps and init_budget == "epochs":
+            raise ConfigError(
+                f"{state.stage}.remember: {tag} comes after the end of {epochs} epochs of {steps} steps each"
+            )
+    state = state.evolve(remembered={**state.remembered, **{str(tag): Path() for tag in remember}})
     if init is not None:
         with torch.device("meta"):
             architecture(state, init).build()
         return state.evolve(shrunk_by=None)
     if init_budget != "epochs":
         raise ConfigError(f"{state.stage}.init_budget=compute is for {state.stage}.init=cfg:PATH, which is not given")
-    return None
+    return state
 
 
 @Stage(check=check, trains=own_epochs)
@@ -53,6 +68,7 @@ def train(
     training: Annotated[Training, Flat()],
     init: str | None = None,
     init_budget: Literal["epochs", "compute"] = "epochs",
+    remember: tuple[str | int, ...] = (),
 ) -> State:
     """Minimises cross entropy on the training split.
 
@@ -62,6 +78,8 @@ def train(
             (from scratch in Liu et al., arXiv:1810.05270).
         init_budget: with `init`: `epochs` trains as long as told (Scratch-E), `compute` as many more epochs as the
             network has fewer MACs than the dense one, at most twice as many (Scratch-B).
+        remember: moments of which a snapshot is kept, for schedules that go back to it: 0, steps as `500st`, epochs as
+            `3ep`.
     """
     if init is not None:
         dense = state
@@ -72,6 +90,7 @@ def train(
         learning.cross_entropy(training.label_smoothing),
         epochs=epochs,
         training=training,
+        remember=tuple(map(str, remember)),
     )
 
 

@@ -22,6 +22,7 @@ from prune_cli.structure.interpreter import Example, Fallbacks, Modules, Trace
 from prune_cli.structure.labels import Constraints, flat, marks_of
 from prune_cli.structure.modules import named_tensors, walk
 from prune_cli.structure.plan import AxisOf, Family, Plan, Tally
+from prune_cli.structure.prunable import owner
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +36,16 @@ def labelled(model: nn.Module, example: Example, fallbacks: Fallbacks, refused: 
         trace, used = _run(model, example, modules, constraints, fallbacks, training=False)
         traces.append(trace)
         if any(id(tensor) not in used for tensor, _ in parameters.values()):  # an auxiliary head, for example
-            work = list(constraints.work)
+            both = constraints.copy()
             try:
-                second, more = _run(model, example, modules, constraints, fallbacks, training=True)
+                second, more = _run(model, example, modules, both, fallbacks, training=True)
+            except SurgeryError:  # nothing that half a run said holds
+                log.debug("the model does not run in training mode on the example; auxiliary heads are not analysed")
+            else:
+                both.work = constraints.work
+                constraints = both
                 traces.append(second)
                 used |= more
-            except SurgeryError:
-                log.debug("the model does not run in training mode on the example; auxiliary heads are not analysed")
-            constraints.work = work
         idle = [name for name, (tensor, _) in parameters.items() if id(tensor) not in used]
         refused = tuple(dict.fromkeys((*refused, *_undecided(traces, idle, constraints))))
     finally:
@@ -172,7 +175,7 @@ def _families(roles: list[tuple[AxisOf, np.ndarray, str]], size: int) -> list[Fa
     parts = np.split(order, np.cumsum(np.bincount(family[1:], minlength=len(first)))[:-1]) if len(first) else []
     return [
         Family(
-            roles_["producers"][0][0].rpartition(".")[0] or roles_["producers"][0][0],
+            owner(roles_["producers"][0][0]) or roles_["producers"][0][0],
             units,
             tuple(roles_["producers"]),
             tuple(roles_["consumers"]),
@@ -243,7 +246,7 @@ def _tally(
             for axis in mine:
                 fixed //= tensor.shape[axis]
             params.append((fixed, [shared(ids) for ids in mine.values()]))
-            layers.append(name.rpartition(".")[0])
+            layers.append(owner(name))
     macs, mac_layers = [], []
     for work in constraints.work:
         static, which = work.static, []

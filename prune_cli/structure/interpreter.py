@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prune_cli.errors import SurgeryError
+from prune_cli.errors import SurgeryError, first_line
 from prune_cli.structure.labels import Marks, marks_of
 from prune_cli.structure.shape_only import HEAVY, LIGHT, SHAPED, VIEWS, ZeroBlocks, product, shaped, skipped
 
@@ -232,6 +232,10 @@ class Refused(Exception):
         self.trace = 0  # which of the plan's traces
 
 
+class BrokenRule(Exception):
+    """An operator's rule failed otherwise than by saying that it does not know: a bug of ours."""
+
+
 def _restore(states: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
     for plain, state, buffers in states:
         plain.clear()
@@ -309,10 +313,10 @@ def execute(model: nn.Module, example: Example, tracer: Tracer, training: bool) 
     with _quiet(tracer, training):
         try:
             return [t for t in tree_leaves(_plain(call_model(model, example))) if isinstance(t, Tensor)]
-        except Refused:
+        except (Refused, BrokenRule):
             raise
         except Exception as error:
-            raise tracer.failed(f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
+            raise tracer.failed(f"{type(error).__name__}: {first_line(error)}"[:200]) from error
 
 
 def _plain(output: Any) -> Any:

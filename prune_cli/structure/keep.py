@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from prune_cli.errors import SurgeryError
 from prune_cli.structure.plan import Plan
@@ -77,11 +75,3 @@ def spared(plan: Plan, keep: np.ndarray, scores: np.ndarray) -> np.ndarray:
         if not present[ids].any():
             present[ids[np.argmax(scores[ids])]] = True
     return present
-
-
-def units_of(plan: Plan, name: str, axis: int) -> Tensor:
-    """Unit id per position of one parameter axis, zeros where the axis is fixed entirely."""
-    ids = plan.axes.get(name, {}).get(axis)
-    if ids is None:
-        raise SurgeryError(f"axis {axis} of {name!r} can't shrink")
-    return torch.from_numpy(ids)

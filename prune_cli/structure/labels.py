@@ -12,7 +12,7 @@ What belongs here: the data types and the equations between variables. What an o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -121,6 +121,14 @@ class Constraints:
     work: list[Work] = field(default_factory=list)
     base: int = 0  # the first of the numbers below
     numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def copy(self) -> Constraints:
+        """The same so far; what is added to the copy is not added to this one."""
+        twin = replace(self)
+        for name in (entry.name for entry in fields(self)):
+            if isinstance(value := getattr(self, name), list):
+                setattr(twin, name, list(value))
+        return twin
 
     def fresh(self, size: int) -> Tensor:
         """New variables for one axis of a parameter."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +22,7 @@ from prune_cli.structure.interpreter import (
     FROZEN_LEVEL,
     LOCAL,
     NORM_OPERATORS,
+    BrokenRule,
     Cut,
     Fallbacks,
     Modules,
@@ -32,6 +36,9 @@ from prune_cli.structure.modules import named_tensors, widths_of
 from prune_cli.structure.operators.call import Call, Result, Unsupported, positive_axis, tensors
 from prune_cli.structure.operators.mixing import per_channel, pointwise
 from prune_cli.structure.operators.table import factory, frozen, rule
+
+log = logging.getLogger(__name__)
+STRICT = "PRUNE_STRICT_RULES"
 
 Parameters = dict[str, tuple[Tensor, dict[int, int]]]  # name -> tensor and, per axis, its first variable
 NORM_NAME = re.compile(r"[Nn]orm|NORM|LN|RMS|GRN")  # classes that normalise, over channels too
@@ -48,6 +55,27 @@ def _zeros_first(pads: Sequence[int], fields: Sequence[Tensor]) -> Iterator[Tens
         back = 2 * (label.dim() - 1 - axes[0]) if len(axes) == 1 else len(pads)
         if back < len(pads) and pads[back] > 0:
             yield label.movedim(axes[0], 0).flatten(1)[: pads[back], 0]
+
+
+def _broken(operator: str, layer: str, error: Exception) -> None:
+    """Says that a rule has a bug, which freezes the operator as if it were unknown.
+
+    Raises:
+        BrokenRule: instead, where the environment variable `STRICT` is set, as in the tests.
+    """
+    where = f"{operator} in {layer or 'the model'}"
+    if os.environ.get(STRICT):
+        raise BrokenRule(f"the rule of {where} failed") from error
+    _warn_once(
+        f"the rule of {where} failed ({type(error).__name__}); the channels that touch it are kept: please report it"
+    )
+    log.debug("the rule of %s failed", where, exc_info=error)
+
+
+@lru_cache(maxsize=256)
+def _warn_once(line: str) -> None:
+    """A network is analysed again and again."""
+    log.warning("%s", line)
 
 
 class Labeller(Tracer):
@@ -111,7 +139,9 @@ class Labeller(Tracer):
             mark = frozen
         try:
             result = mark(call)
-        except (Unsupported, ZeroDivisionError, IndexError, ValueError, TypeError, AssertionError):
+        except (Unsupported, ZeroDivisionError, IndexError, ValueError, TypeError, AssertionError) as error:
+            if not isinstance(error, Unsupported):
+                _broken(str(func), layer, error)
             result = frozen(call)
             if labelled:
                 self.trace.unknown[str(func)] = layer

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,19 +39,30 @@ def kept_indices(plan: Plan, keep: np.ndarray) -> dict[str, dict[int, np.ndarray
     return found
 
 
-def structured_masks(model: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str, Tensor]:
+def structured_masks(
+    model: nn.Module, plan: Plan, keep: np.ndarray, *, producers_only: bool = False
+) -> dict[str, Tensor]:
     """Masks of the parameters that a `keep` array touches (True = keep).
 
     Zeroes the producers' rows, biases and norm parameters and the consumers' columns, so that the masked network
     computes what the shrunk one does, norms over channels excepted.
 
+    Args:
+        model: the network that the plan was made for.
+        plan: from `channels.analyse`.
+        keep: bool per unit id.
+        producers_only: zero the producers' rows and biases alone, through which a channel can grow back.
+
     Returns:
         Parameter name -> bool tensor that broadcasts to the parameter.
     """
     parameters = dict(model.named_parameters())  # a tensor that layers share once
+    only = _rows_and_biases(plan) if producers_only else None
     masks: dict[str, Tensor] = {}
     for name, axes in kept_indices(plan, keep).items():
         if (parameter := parameters.get(name)) is None:
+            continue
+        if only is not None and not (axes := {axis: kept for axis, kept in axes.items() if (name, axis) in only}):
             continue
         mask = torch.ones([1] * parameter.dim(), dtype=torch.bool, device=parameter.device)
         for axis, indices in axes.items():
@@ -59,6 +71,22 @@ def structured_masks(model: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str
             mask = mask & channels_view(line.to(parameter.device), axis, parameter.dim())
         masks[name] = mask
     return masks
+
+
+def _rows_and_biases(plan: Plan) -> set[tuple[str, int]]:
+    """(parameter, axis) of the producers and of their own biases; of a weight that is a direction times a magnitude
+    (weight_norm) the magnitude, since a direction of zero has none."""
+    found = set()
+    for family in plan.families:
+        others = {name for name, _ in family.others}
+        for name, axis in family.producers:
+            magnitude = re.sub(
+                r"weight_v$", "weight_g", re.sub(r"(parametrizations\.weight\.original)1$", r"\g<1>0", name)
+            )
+            found.add((magnitude if magnitude in others else name, axis))
+            layer = re.sub(r"(parametrizations\.weight\..*|weight\w*)$", "", name)
+            found.update(place for place in family.others if place[0] == f"{layer}bias")
+    return found
 
 
 def channels_view(line: Tensor, axis: int, rank: int) -> Tensor:

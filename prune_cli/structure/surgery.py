@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def remove_units(
         if parameter.is_leaf and parameter.grad is not None and isinstance(parameter, nn.Parameter):
             small.get_parameter(name).grad = sliced(parameter.grad, kept.get(name, {}))
     if optimizer is not None:
-        _repoint(optimizer, model, small, kept)
+        repoint(optimizer, model, small, kept)
     plain = as_tuples(kept)
     return Shrunk(small, Lineage(plain, found, scales), plan, keep)
 
@@ -124,13 +124,20 @@ def _bias_of(weight: str) -> str:
     return "in_proj_bias" if weight == "q_proj_weight" else weight.removesuffix("weight") + "bias"
 
 
-def _repoint(
+def repoint(
     optimizer: torch.optim.Optimizer,
     dense: nn.Module,
     small: nn.Module,
     kept: Mapping[str, Mapping[int, Any]],
 ) -> None:
-    """Gives an optimizer the new parameters and slices its state along."""
+    """Gives an optimizer of a network the parameters of a smaller one, in place; its moments are sliced along.
+
+    Args:
+        optimizer: of the parameters of `dense`.
+        dense: the network before.
+        small: the network after, with the same names.
+        kept: parameter name -> axis -> kept indices, as in a `Lineage`.
+    """
     twins = {id(p): (name, small.get_parameter(name)) for name, p in dense.named_parameters()}
     for group in optimizer.param_groups:
         group["params"] = [twins[id(p)][1] if id(p) in twins else p for p in group["params"]]
@@ -143,8 +150,3 @@ def _repoint(
             if isinstance(value, Tensor) and value.shape == old.shape:
                 state[key] = sliced(value, kept.get(name, {}))
         optimizer.state[new] = state
-
-
-def relative(shrunk: Shrunk, first: Lineage) -> Shrunk:
-    """The same result with a lineage that starts from the dense network of `first`."""
-    return replace(shrunk, lineage=shrunk.lineage.after(first))

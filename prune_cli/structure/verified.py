@@ -7,20 +7,21 @@ the masked network computes, or it is an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from prune_cli import masks as masking
 from prune_cli.errors import SurgeryError
-from prune_cli.layers.stripe_conv import StripeConv2d
+from prune_cli.layers.replacing import kind_named
 from prune_cli.masks import Masks
 from prune_cli.structure import reference
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.modes import evaluating
+from prune_cli.structure.plan import Plan
 from prune_cli.structure.surgery import Shrunk
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,13 @@ TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output: rounding in float32 stays far below."""
 
 
-@runtime_checkable
 class Shrinks(Protocol):
-    """Units of a granularity that can be taken out of a network, not only masked."""
+    """Units of a granularity that can be taken out of a network; those that can declare it."""
 
-    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks) -> Shrunk:
-        """The network without the units that the masks remove."""
+    def shrink(
+        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: Callable[[], Plan] | None = None
+    ) -> Shrunk:
+        """The network without the units that the masks remove; `plan` gives its channel plan, where somebody keeps it."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def shrink(
     *,
     lineage: Lineage | None = None,
     check_on: Iterable[Any] = (),
+    plan: Callable[[], Plan] | None = None,
 ) -> Small:
     """Takes the masked units out of a network whose masked entries are zero.
 
@@ -70,11 +73,14 @@ def shrink(
         lineage: how `model` descends from the dense network; None = it is the dense network.
         check_on: inputs, shaped like the example, on which masked and shrunk network must agree. Norms over
             channels (LayerNorm, GroupNorm) are compared over the kept channels.
+        plan: gives the channel plan of `model`, where somebody keeps it.
 
     Raises:
         SurgeryError: the two do not agree, or the network cannot be analysed.
     """
-    return checked(model, units.shrink(model, example_inputs, masks), masks, lineage=lineage, check_on=check_on)
+    known = () if plan is None else (plan,)
+    shrunk = units.shrink(model, example_inputs, masks, *known)
+    return checked(model, shrunk, masks, lineage=lineage, check_on=check_on)
 
 
 def checked(
@@ -93,7 +99,7 @@ def checked(
     with evaluating(model), evaluating(shrunk.model):
         for inputs in check_on:
             _agree(model, shrunk, inputs)
-    left = {name: _left(name, mask, shrunk) for name, mask in masks.items()}
+    left = _left(masks, shrunk)
     whole = shrunk.lineage if lineage is None else shrunk.lineage.after(lineage)
     return Small(shrunk.model, {name: mask for name, mask in left.items() if not bool(mask.all())}, whole)
 
@@ -115,10 +121,13 @@ def _agree(model: nn.Module, shrunk: Shrunk, inputs: Any) -> None:
         )
 
 
-def _left(name: str, mask: Tensor, shrunk: Shrunk) -> Tensor:
-    """A mask in the shape of the parameter of the smaller network."""
-    mask = masking.sliced(mask, shrunk.lineage.kept.get(name, {}))
-    layer = shrunk.model.get_submodule(name.rpartition(".")[0])
-    if not isinstance(layer, StripeConv2d) or not name.endswith("weight"):
-        return mask
-    return layer.rows(mask.expand(layer.out_channels, layer.weight.shape[1], *layer.kernel_size))
+def _left(masks: Masks, shrunk: Shrunk) -> dict[str, Tensor]:
+    """The masks in the shapes of the parameters of the smaller network."""
+    kept = shrunk.lineage.kept
+    left = {name: masking.sliced(mask, kept.get(name, {})) for name, mask in masks.items()}
+    for module, one in shrunk.lineage.replaced.items():
+        own = {name: left.pop(name) for name in list(left) if name.startswith(f"{module}.")}
+        inside = {name[len(module) + 1 :]: mask for name, mask in own.items()}
+        inside = kind_named(one.kind).masks_left(shrunk.model.get_submodule(module), inside)
+        left |= {f"{module}.{name}": mask for name, mask in inside.items()}
+    return left

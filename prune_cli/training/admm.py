@@ -13,20 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prune_cli.masks import Masks
 
+Z, U = "z", "u"
 ALL = "all"  # in the table of residuals: every weight together
 
 Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Split:
+class Projection:
     """What one set keeps of the weights that it concerns.
 
     Attributes:
@@ -62,7 +64,7 @@ class Residual:
 
 
 @torch.no_grad()
-def step(weights: Weights, before: Split | None, project: Callable[[Weights], Masks]) -> Split:
+def step(weights: Weights, before: Projection | None, project: Callable[[Weights], Masks]) -> Projection:
     """Projects W + U and moves the dual by what is left: one step between two trainings.
 
     The first step begins with U = 0 and leaves it there. A set concerns the weights that its masks take something
@@ -74,19 +76,84 @@ def step(weights: Weights, before: Split | None, project: Callable[[Weights], Ma
     """
     values = {name: weights[name] + u for name, u in before.u.items()} if before else {}
     masks = project(values)
-    names = list(values) + [name for name, mask in masks.items() if name not in values and not bool(mask.all())]
+    concerned = set(values) | {name for name, mask in masks.items() if not bool(mask.all())}
+    names = [name for name in weights if name in concerned]  # in this order also when going on from a checkpoint
     z, u = {}, {}
     for name in names:
         value = values.get(name, weights[name])
         mask = masks.get(name)
         z[name] = value.detach().clone() if mask is None else value.detach() * mask.to(value.device)
         u[name] = value.detach() - z[name] if before else torch.zeros_like(z[name])
-    return Split(z, u)
+    return Projection(z, u)
 
 
-def rescaled(split: Split, factor: float) -> Split:
-    """The split for a rho divided by `factor`: the dual itself is rho * U, and does not change with rho."""
-    return split if factor == 1 else Split(split.z, {name: u * factor for name, u in split.u.items()})
+def rescaled(one: Projection, factor: float) -> Projection:
+    """The projection for a rho divided by `factor`: the dual itself is rho * U, and does not change with rho."""
+    return one if factor == 1 else Projection(one.z, {name: u * factor for name, u in one.u.items()})
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """What a stage keeps from one projection to the next.
+
+    Attributes:
+        sets: name of a constraint set -> what it keeps of the weights; empty before the first and after the last.
+        rho: weight of the penalty that ties the weights to the sets; None before the first.
+        residuals: lines of the table so far.
+    """
+
+    sets: Mapping[str, Projection] = field(default_factory=dict)
+    rho: float | None = None
+    residuals: tuple[Residual, ...] = ()
+
+    def renewed(
+        self, weights: Weights, projects: Mapping[str, Callable[[Weights], Masks]], rho: float, epoch: int
+    ) -> Splitting:
+        """After one more projection onto every set, with the residuals of the training before.
+
+        Args:
+            weights: all parameters by name.
+            projects: name of a set -> its projection, as in `step`.
+            rho: weight of the penalty in the training that follows.
+            epoch: epochs trained so far, for the table.
+        """
+        iteration = self.residuals[-1].iteration + 1 if self.residuals else 0
+        sets, found = {}, list(self.residuals)
+        for name, project in projects.items():
+            before = self.sets.get(name)
+            after = step(weights, before, project)
+            found += residuals(
+                weights, before, after, rho=self.rho, constraint=name, iteration=iteration, epoch=epoch
+            )  # fmt: skip
+            sets[name] = rescaled(after, (self.rho or rho) / rho)
+        return Splitting(sets, rho, tuple(found))
+
+    def ended(self) -> Splitting:
+        """Without sets: what they keep of the weights ends, the table stays."""
+        return Splitting({}, self.rho, self.residuals)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint."""
+        return {
+            f"{kind}/{name}/{parameter}": value
+            for name, one in self.sets.items()
+            for kind, values in ((Z, one.z), (U, one.u))
+            for parameter, value in values.items()
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of a checkpoint, JSON-serialisable."""
+        return {"sets": list(self.sets), "rho": self.rho, "residuals": [asdict(row) for row in self.residuals]}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Splitting:
+        """The inverse of `tensors` and `numbers`."""
+
+        def those(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        sets = {name: Projection(those(f"{Z}/{name}/"), those(f"{U}/{name}/")) for name in numbers["sets"]}
+        return Splitting(sets, numbers["rho"], tuple(Residual(**row) for row in numbers["residuals"]))
 
 
 class Pull:
@@ -94,14 +161,14 @@ class Pull:
 
     Args:
         model: whose gradients it adds to.
-        splits: of all sets.
+        sets: what each keeps of the weights.
         rho: weight of the penalty.
     """
 
-    def __init__(self, model: nn.Module, splits: Sequence[Split], rho: float) -> None:
+    def __init__(self, model: nn.Module, sets: Sequence[Projection], rho: float) -> None:
         self._entries = []
         for name, parameter in model.named_parameters():
-            targets = [split.z[name] - split.u[name] for split in splits if name in split.z]
+            targets = [one.z[name] - one.u[name] for one in sets if name in one.z]
             if targets:
                 self._entries.append((parameter, len(targets), torch.stack(targets).sum(0)))
         self._rho = rho
@@ -116,8 +183,8 @@ class Pull:
 @torch.no_grad()
 def residuals(
     weights: Weights,
-    before: Split | None,
-    after: Split,
+    before: Projection | None,
+    after: Projection,
     *,
     rho: float | None,
     constraint: str,

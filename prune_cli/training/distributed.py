@@ -56,16 +56,19 @@ class World:
         dist.broadcast_object_list(text, src=0, group=_control())
         return json.loads(str(text[0]))
 
-    def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Rank 0's tensors on every rank, on the CPU; the other ranks pass None."""
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:
+        """One rank's tensors on every rank, on the CPU; the other ranks pass None."""
         if self.size == 1:
             return dict(tensors or {})
+        mine = self.rank == source
         own = {name: value.detach().cpu().contiguous() for name, value in (tensors or {}).items()}
-        forms = self.broadcast([(name, list(value.shape), str(value.dtype)[6:]) for name, value in own.items()])
+        told: list[Any] = [[(name, list(v.shape), str(v.dtype)[6:]) for name, v in own.items()] if mine else None]
+        dist.broadcast_object_list(told, src=source, group=_control())
         shared = {}
-        for name, shape, dtype in forms:
-            value = own[name] if self.main else torch.empty(shape, dtype=getattr(torch, dtype))
-            dist.broadcast(value.view(torch.uint8) if value.dtype == torch.bool else value, src=0, group=_control())
+        for name, shape, dtype in told[0]:
+            value = own[name] if mine else torch.empty(shape, dtype=getattr(torch, dtype))
+            as_bytes = value.view(torch.uint8) if value.dtype == torch.bool else value
+            dist.broadcast(as_bytes, src=source, group=_control())
             shared[name] = value
         return shared
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from prune_cli.structure.prunable import target
+
 Constants = Mapping[str, Sequence[str]]
 """Weight -> names of the parameters per filter that make a constant of a filter without stripes: the layer's bias, and
 scale and shift of the norm behind it."""
@@ -47,7 +49,7 @@ class Skeleton(nn.Module):
 def _skeletons(model: nn.Module, names: Iterable[str]) -> list[tuple[str, Skeleton]]:
     found = []
     for name in names:
-        module: Any = model.get_submodule(name.rpartition(".")[0])
+        module: Any = target(model, name).module
         found.append((name, module.parametrizations.weight[0]))
     return found
 
@@ -55,7 +57,7 @@ def _skeletons(model: nn.Module, names: Iterable[str]) -> list[tuple[str, Skelet
 def attach(model: nn.Module, names: Iterable[str]) -> None:
     """Gives the convolutions of these weights a skeleton, in place; `detach` ends it."""
     for name in names:
-        module = model.get_submodule(name.rpartition(".")[0])
+        module = target(model, name).module
         skeleton = Skeleton(module.get_parameter("weight"))
         parametrize.register_parametrization(module, "weight", skeleton, unsafe=True)
 
@@ -116,9 +118,7 @@ def detach(
     for name, skeleton in _skeletons(model, list(names)):
         skeleton.kill_weak(threshold, (least or {}).get(name, 0))
         masks[name] = skeleton.alive.clone()
-        parametrize.remove_parametrizations(
-            model.get_submodule(name.rpartition(".")[0]), "weight", leave_parametrized=True
-        )
+        parametrize.remove_parametrizations(target(model, name).module, "weight", leave_parametrized=True)
         living = masks[name].flatten(1).any(1)
         for parameter in constants.get(name, ()):
             if not living.all():

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from prune_cli.data.dataset import Batches
 from prune_cli.errors import TrainingError
 from prune_cli.masks import Enforcer, Masks
 from prune_cli.training.distributed import ALONE, World, parallel
@@ -42,19 +43,6 @@ LrSchedule = Callable[[float, int], float]
 Regularise = Callable[[int, dict[str, Tensor]], None]
 """(optimizer steps made so far, memory) -> None; adds to the gradients. What it decides on the way goes into the
 memory, which belongs to the progress: it must depend on nothing else that changes."""
-
-
-class Batches(Protocol):
-    """One training set: `epoch(e, start)` yields (images, labels) from step `start` on, the same at every call.
-
-    `size(step)` counts the images of a batch over all processes; only asked where there are several.
-    """
-
-    def __len__(self) -> int: ...
-
-    def size(self, step: int) -> int: ...
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -435,7 +423,7 @@ def _close_epoch(run: _Step, evaluate: Callable[[nn.Module], float] | None, epoc
     progress.loss_sum, progress.seen = run.world.total(
         torch.tensor([progress.loss_sum, progress.seen], dtype=torch.double)
     ).tolist()
-    row = {"epoch": progress.epoch + 1, "loss": progress.loss_sum / max(progress.seen, 1), "lr": rate}
+    row = {"epoch": len(progress.history) + 1, "loss": progress.loss_sum / max(progress.seen, 1), "lr": rate}
     progress.epoch, progress.step, progress.loss_sum, progress.seen = progress.epoch + 1, 0, 0.0, 0
     selects = options.select_on != "last" or options.early_stop is not None
     due = options.eval_every and (progress.epoch % options.eval_every == 0 or progress.epoch == epochs)

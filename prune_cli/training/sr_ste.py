@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prune_cli.granularities.n_m import input_axis, nm_mask
+from prune_cli.structure.prunable import target
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -61,7 +62,7 @@ def attach(model: nn.Module, patterns: Mapping[str, tuple[int, int]], decay: flo
     for name, (m, n) in patterns.items():
         axis = input_axis(model, name)
         parametrize.register_parametrization(
-            model.get_submodule(name.rpartition(".")[0]), "weight", SrSte(m, n, axis, decay), unsafe=True
+            target(model, name).module, "weight", SrSte(m, n, axis, decay), unsafe=True
         )
 
 
@@ -69,7 +70,7 @@ def detach(model: nn.Module, patterns: Mapping[str, tuple[int, int]]) -> dict[st
     """Leaves the N:M weights as plain parameters of the old names, and returns their masks."""
     masks = {}
     for name in patterns:
-        module: Any = model.get_submodule(name.rpartition(".")[0])
+        module: Any = target(model, name).module
         masks[name] = module.parametrizations.weight[0].mask(module.parametrizations.weight.original)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     return masks

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prune_cli.compression.kmeans import Clustered, centroid_gradient
+from prune_cli.structure.prunable import target
 
 
 class _Spread(torch.autograd.Function):
@@ -54,7 +55,7 @@ class Centroids(nn.Module):
 def attach(model: nn.Module, shared: Mapping[str, Clustered]) -> None:
     """Lets a network compute with shared weights, in place, and train their centroids; `detach` ends it."""
     for name, layer in shared.items():
-        module = model.get_submodule(name.rpartition(".")[0])
+        module = target(model, name).module
         parametrize.register_parametrization(module, "weight", Centroids(layer), unsafe=True)
 
 
@@ -62,6 +63,6 @@ def attach(model: nn.Module, shared: Mapping[str, Clustered]) -> None:
 def detach(model: nn.Module, names: Iterable[str]) -> None:
     """Leaves the shared weights as plain parameters of the old names."""
     for name in names:
-        module: Any = model.get_submodule(name.rpartition(".")[0])
+        module: Any = target(model, name).module
         module.parametrizations.weight.original.add_(0.0)  # a centroid of -0.0 would be stored as a value
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)

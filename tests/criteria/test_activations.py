@@ -66,7 +66,7 @@ def test_hrank_of_maps_of_known_rank():
 def test_hrank_does_not_depend_on_how_many_maps_are_ranked_at_a_time(monkeypatch):
     model, images = network(), torch.randn(4, 2, 8, 8)
     whole = score(model, "0.weight", activations.hrank, "rank", [images])
-    monkeypatch.setattr("prune_cli.criteria.statistics.RANK_ELEMENTS", 50)
+    monkeypatch.setattr("prune_cli.criteria.needs.RANK_ELEMENTS", 50)
     assert torch.equal(whole, score(model, "0.weight", activations.hrank, "rank", [images]))
     with torch.no_grad():
         expected = torch.linalg.matrix_rank(model[:3](images)).double().mean(0)

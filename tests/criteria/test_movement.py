@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from prune_cli.criteria.needs import NEEDS
 from prune_cli.data.fake import fake
 from prune_cli.files.weights import read_state_dict
 from prune_cli.training.fit import Progress, fit
 from prune_cli.training.lr_schedules import multi_step
-from prune_cli.training.movement import Movement, moved
+from prune_cli.training.step_sums import StepSum, summed
 
 NET = (
     "run", "recipe=quickstart", "model=resnet20", "model.depth=8", "model.widths=[4,8,8]", "threads=1", "device=cpu",
@@ -39,7 +40,7 @@ def test_it_is_the_sum_over_steps_of_minus_rate_times_gradient_times_weight():
 
     model, by_hand = network(), network()
     progress = Progress()
-    hook = Movement(model, ["1.weight"], lambda: progress.optimizer.param_groups[0]["lr"])
+    hook = StepSum(NEEDS["movement"], model, ["1.weight"], lambda: progress.optimizer.param_groups[0]["lr"])
     rates = functools.partial(multi_step, milestones=[1, 2])
     fit(
         model, batches, loss, optimizer=functools.partial(torch.optim.SGD, lr=0.5), lr_schedule=rates, epochs=3,
@@ -56,7 +57,9 @@ def test_it_is_the_sum_over_steps_of_minus_rate_times_gradient_times_weight():
                 for parameter in by_hand.parameters():
                     parameter -= rate * parameter.grad
     torch.testing.assert_close(model[1].weight, weight, rtol=1e-10, atol=1e-14)  # the hook changes nothing
-    torch.testing.assert_close(moved(progress.memory, "1.weight", torch.device("cpu")), total, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        summed(NEEDS["movement"], progress.memory, "1.weight", torch.device("cpu")), total, rtol=1e-10, atol=1e-14
+    )
     assert total.abs().max() > 1e-4
 
 

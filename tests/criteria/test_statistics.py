@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prune_cli.criteria.needs import NEEDS
 from prune_cli.criteria.statistics import collect
 from prune_cli.errors import ConfigError
-from prune_cli.selection.requirements import KNOWN, MEASURED
 
+MEASURED = frozenset(name for name, need in NEEDS.items() if need.from_images or need.source == "flow")
 EVERYTHING = tuple(sorted(MEASURED))
 
 
@@ -173,6 +174,7 @@ def test_a_batch_of_one_is_measured_too():
             torch.testing.assert_close(split[name][need], whole[name][need])
 
 
-def test_every_need_is_either_known_or_measured():
-    assert frozenset({"norm", "n_keep", "movement"}) == KNOWN
-    assert not MEASURED & KNOWN
+def test_everything_in_the_table_is_measured_or_known_otherwise():
+    assert set(NEEDS) - MEASURED == {"norm", "n_keep", "movement"}
+    assert all(need.take is not None for need in NEEDS.values() if need.is_statistic)
+    assert all(need.name == name for name, need in NEEDS.items())

@@ -272,5 +272,5 @@ def test_failures_leave_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: py
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="can't write"):
+    with pytest.raises(StorageError, match="cannot write"):
         write_weights(Net(), tmp_path / "file" / "weights")

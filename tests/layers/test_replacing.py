@@ -28,7 +28,7 @@ from prune_cli.models.vgg import vgg
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import select
 from prune_cli.structure import rebuild, verified
-from prune_cli.structure.lineage import Lineage
+from prune_cli.structure.lineage import Lineage, Replacement
 from tests.conftest import ROOT
 
 STRIPES = (
@@ -210,9 +210,15 @@ def test_only_layers_that_get_faster_are_converted_where_asked(monkeypatch):
 
 
 def test_a_lineage_of_stripes_is_not_sliced_again():
-    first = Lineage({}, {}, {}, {"conv": (1, 2)})
-    assert Lineage({"other.weight": {0: (1,)}}).after(first).stripes == {"conv": (1, 2)}
-    for second in (Lineage({"conv.weight": {0: (1,)}}), Lineage({}, {}, {}, {"conv": (1,)})):
+    stripes = Replacement("stripes", {"stripes": "1 2"})
+    first = Lineage(replaced={"block.conv": stripes})
+    assert Lineage({"other.weight": {0: (1,)}}).after(first).replaced == {"block.conv": stripes}
+    for second in (
+        Lineage({"block.conv.weight": {0: (1,)}}),
+        Lineage(attributes={"block.conv": {"out_channels": 1}}),
+        Lineage(replaced={"block.conv": stripes}),
+        Lineage(replaced={"block": stripes}),
+    ):
         with pytest.raises(SurgeryError, match="expand the network first"):
             second.after(first)
 
@@ -311,8 +317,8 @@ def test_damaged_stripes_in_pruned_yaml_are_refused(prune):
     result = prune(*STRIPES, "stages=[train,prune]")
     path = result.folder / "prune" / "pruned.yaml"
     text = path.read_text()
-    assert "\nstripes:" in text
-    path.write_text(text.replace("\nstripes:", "\nstripes_:"))
+    assert "\nreplaced:" in text
+    path.write_text(text.replace("\nreplaced:", "\nreplaced_:"))
     done = prune("evaluate", str(result.folder))
     assert done.code == 4
     assert len(done.err.strip().splitlines()) == 1, done.err

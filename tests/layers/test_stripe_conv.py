@@ -13,9 +13,12 @@ from torch import nn
 
 from prune_cli import masks as masking
 from prune_cli.errors import SurgeryError
-from prune_cli.layers import replacing, stripe_conv
+from prune_cli.layers import replacing, stripe_kernel, stripes
+from prune_cli.layers.kind import Data
 from prune_cli.layers.stripe_conv import StripeConv2d
 from prune_cli.measure import cost as measure
+from prune_cli.structure.lineage import Lineage, Replacement
+from prune_cli.structure.rebuild import expanded
 
 FORMS = ("_fused", "_by_position", "_spread_out", "forward")
 
@@ -65,7 +68,7 @@ def test_depthwise_equals_the_masked_convolution(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_same_padding_other_modes_and_many_chunks(form, monkeypatch):
-    monkeypatch.setattr("prune_cli.layers.stripe_conv.CHUNK", 1)
+    monkeypatch.setattr("prune_cli.layers.stripe_kernel.CHUNK", 1)
     for arguments in (
         {"padding": "same"},
         {"padding": 1, "padding_mode": "reflect"},
@@ -92,8 +95,8 @@ def test_same_padding_other_modes_and_many_chunks(form, monkeypatch):
 def test_every_form_equals_the_masked_convolution(
     data, kernel, stride, padding, dilation, groups, part, mode, seed, monkeypatch_module
 ):
-    monkeypatch_module.setattr(stripe_conv, "SHORT", data.draw(st.sampled_from([0, 10**9])))
-    monkeypatch_module.setattr(stripe_conv, "CHUNK", data.draw(st.sampled_from([1, 500, 10**6])))
+    monkeypatch_module.setattr(stripe_kernel, "SHORT", data.draw(st.sampled_from([0, 10**9])))
+    monkeypatch_module.setattr(stripe_kernel, "CHUNK", data.draw(st.sampled_from([1, 500, 10**6])))
     span = [step * (size - 1) + 1 for size, step in zip(kernel, dilation, strict=True)]
     size = [max(1, least - 2 * pad) + data.draw(st.integers(0, 7)) for least, pad in zip(span, padding, strict=True)]
     conv = nn.Conv2d(2 * groups, 3 * groups, kernel, stride, padding, dilation, groups, padding_mode=mode)
@@ -177,22 +180,30 @@ def two() -> tuple[nn.Module, masking.Masks]:
     return model, masks
 
 
+def place(model: nn.Module, found: dict[str, Data]) -> Lineage:
+    """Puts stripes in, and says so."""
+    for name, data in found.items():
+        replacing.place(model, name, "stripes", data)
+    return Lineage(replaced={name: Replacement("stripes", data) for name, data in found.items()})
+
+
 def test_networks_of_stripes_equal_masked_ones_and_go_back():
     model, masks = two()
     small = copy.deepcopy(model)
-    replacing.place(small, replacing.fitting(model, masks))
+    lineage = place(small, stripes.fitting(model, masks))
     x = draw(5, 2, 3, 8, 8)
     with torch.no_grad():
         assert type(small[0]) is type(small[2]) is StripeConv2d
         assert torch.allclose(small(x), model(x), atol=1e-5)
-        whole, again = replacing.expanded(small, {})
+        whole, again, plain = expanded(small, {}, lineage)
         assert type(whole[0]) is nn.Conv2d
         assert torch.equal(whole(x), model(x))
+    assert not plain and type(small[0]) is StripeConv2d
     assert {name: mask.tolist() for name, mask in again.items()} == {
         name: mask.tolist() for name, mask in masks.items()
     }
     twin = copy.deepcopy(model)
-    replacing.place(twin, replacing.fitting(model, masks))
+    place(twin, stripes.fitting(model, masks))
     twin.load_state_dict(small.state_dict())
     with torch.no_grad():
         assert torch.equal(twin(x), small(x))
@@ -203,13 +214,13 @@ def test_masks_inside_stripes_survive_the_way_back():
     fine = masks["2.weight"].expand(4, 6, 3, 3).clone()
     fine[:, 2] = False
     model[2].weight.data[:, 2] = 0
-    numbers = replacing.fitting(model, {"2.weight": fine})
+    numbers = stripes.fitting(model, {"2.weight": fine})
     small = copy.deepcopy(model)
-    replacing.place(small, numbers)
+    lineage = place(small, numbers)
     inside = small[2].rows(fine)
     assert inside.shape == small[2].weight.shape
     assert not inside[:, 2].any()
-    _, again = replacing.expanded(small, {"2.weight": inside})
+    _, again, _ = expanded(small, {"2.weight": inside}, lineage)
     assert torch.equal(again["2.weight"], fine)
 
 
@@ -235,10 +246,10 @@ def test_shared_tied_and_hooked_convolutions():
     keep = torch.rand(3, 1, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     masks = {f"{name}.weight": keep for name in ("first", "tied", "hooked")}
     masking.apply(model, masks)
-    numbers = replacing.fitting(model, masks)
+    numbers = stripes.fitting(model, masks)
     assert set(numbers) == {"first"}
     small = copy.deepcopy(model)
-    replacing.place(small, numbers)
+    place(small, numbers)
     assert small.first is small.again
     x = draw(3, 2, 3, 6, 6)
     with torch.no_grad():
@@ -246,15 +257,20 @@ def test_shared_tied_and_hooked_convolutions():
 
 
 @pytest.mark.parametrize(
-    ("stripes", "message"),
+    ("name", "kind", "data", "message"),
     [
-        ({"nowhere": (1,)}, "no convolution 'nowhere'"),
-        ({"4": (1,)}, "no convolution '4'"),
-        ({"0": (3, 2)}, "not increasing"),
-        ({"0": (3, 54)}, "below 54"),
-        ({"0": (-1, 3)}, "below 54"),
+        ("nowhere", "stripes", {"stripes": "1"}, "no module 'nowhere'"),
+        ("", "stripes", {"stripes": "1"}, "no module ''"),
+        ("4", "stripes", {"stripes": "1"}, "'4', stripes: a Linear is no convolution"),
+        ("0", "strips", {"stripes": "1"}, "did you mean 'stripes'"),
+        ("0", "stripes", {"stripes": "3 2"}, "does not go on upwards"),
+        ("0", "stripes", {"stripes": "3 54"}, "below 54"),
+        ("0", "stripes", {"stripes": "-1 3"}, "is not an index"),
+        ("0", "stripes", {"strips": "3"}, "the data do not fit the kind stripes"),
+        ("0", "stripes", {"stripes": [1, 2]}, "is not an index"),
     ],
 )
-def test_stripes_that_do_not_fit_are_refused(stripes, message):
-    with pytest.raises(SurgeryError, match=message):
-        replacing.place(two()[0], stripes)
+def test_stripes_that_do_not_fit_are_refused(name, kind, data, message):
+    with pytest.raises(SurgeryError, match=message) as error:
+        replacing.place(two()[0], name, kind, data)
+    assert "\n" not in str(error.value)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prune_cli.layers.replacing import fitting, place
+from prune_cli.layers.replacing import place
+from prune_cli.layers.stripes import fitting
 from prune_cli.training.filter_skeleton import Shrinkage, attach, detach
 
 
@@ -87,6 +88,7 @@ def test_stripes_die_for_good_and_take_the_norms_of_dead_filters_along():
     assert (model[0].weight[2] == 0).all() and type(model[0]) is nn.Conv2d
     assert model[0].bias[2] == 0 and model[0].bias[0] != 0
     small = copy.deepcopy(model)
-    place(small, fitting(model, masks))
+    for name, data in fitting(model, masks).items():
+        place(small, name, "stripes", data)
     with torch.no_grad():
         assert torch.allclose(small(x), model(x))

@@ -1,0 +1,115 @@
+"""The journal of a prune stage: every request's fingerprint and answer, appended at once to a small file.
+
+    SHA256[:16] {"request": FINGERPRINT, "answer": ...}
+    SHA256[:16] {"request": FINGERPRINT, "part": 3, "answer": ...}    one of the answers that make up the next
+
+The first line is the problem that the schedule began with. A line that is torn or damaged ends the journal: what comes
+behind it is forgotten and asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prune_cli.files import artifacts
+from prune_cli.training.distributed import World
+
+NAME = "journal"
+DIGITS = 16
+
+
+@dataclass
+class Record:
+    """What a journal holds.
+
+    Attributes:
+        problem: what the schedule began with, plain data; None of a stage that has not begun.
+        answers: (fingerprint, answer) of each request, in order.
+        parts: index -> answer, of the request that was under way when the stage was cut.
+        pending: the fingerprint of that request.
+    """
+
+    problem: dict[str, Any] | None = None
+    answers: list[tuple[str, Any]] = field(default_factory=list)
+    parts: dict[int, Any] = field(default_factory=dict)
+    pending: str | None = None
+
+
+class Journal:
+    """A journal in a folder; of several processes rank 0 alone reads and writes it.
+
+    Args:
+        folder: that of the stage's checkpoints.
+        world: the processes of the run.
+    """
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self._path, self._world = folder / NAME, world
+
+    def read(self) -> Record:
+        """What is there, the same on every rank; a damaged end is cut off."""
+        lines = self._world.broadcast(self._whole_lines() if self._world.main else None)
+        record = Record()
+        for line in lines:
+            if record.problem is None:
+                record.problem = line["problem"]
+            elif "part" in line:
+                if line["request"] != record.pending:
+                    record.parts, record.pending = {}, line["request"]
+                record.parts[line["part"]] = line["answer"]
+            else:
+                record.answers.append((line["request"], line["answer"]))
+                record.parts, record.pending = {}, None
+        return record
+
+    def begin(self, problem: Mapping[str, Any]) -> None:
+        """A new journal in place of what is there."""
+        if self._world.main:
+            with artifacts.writing(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.unlink(missing_ok=True)
+            self._append({"problem": problem})
+
+    def answered(self, fingerprint: str, answer: Any) -> None:
+        """Adds a request's answer."""
+        self._append({"request": fingerprint, "answer": answer})
+
+    def part(self, fingerprint: str, index: int, answer: Any) -> None:
+        """Adds one of the answers that make up that of the next request."""
+        self._append({"request": fingerprint, "part": index, "answer": answer})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if not self._world.main:
+            return
+        text = json.dumps(line)
+        with artifacts.writing(self._path), self._path.open("ab") as file:
+            file.write(f"{_checksum(text)} {text}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        """The lines up to the first that is not whole; the file is cut there, so that new ones follow them."""
+        if not self._path.is_file():
+            return []
+        found, end = [], 0
+        with self._path.open("rb") as file:
+            for raw in file:
+                text = raw[DIGITS + 1 :].decode(errors="replace").removesuffix("\n")
+                if not raw.endswith(b"\n") or raw[: DIGITS + 1] != f"{_checksum(text)} ".encode():
+                    break
+                found.append(json.loads(text))
+                end += len(raw)
+        if end < self._path.stat().st_size:
+            with artifacts.writing(self._path):
+                os.truncate(self._path, end)
+        return found
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]

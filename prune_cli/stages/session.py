@@ -1,0 +1,482 @@
+"""A pruning at work: the state that its requests change, and what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_cli import masks as masking
+from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.statistics import Calibration, Statistics, collect
+from prune_cli.distillation.distillation import Distillation
+from prune_cli.errors import ScheduleError, nearest
+from prune_cli.files import artifacts
+from prune_cli.granularities.units import Context, Group
+from prune_cli.measure.storage import MaskFormat
+from prune_cli.pipeline import shrinking
+from prune_cli.pipeline.state import Outcome, State
+from prune_cli.schedules.problem import Problem
+from prune_cli.selection import requirements
+from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.select import Selection, scored, select
+from prune_cli.stages import learning, remembering, teaching
+from prune_cli.stages.posing import pose
+from prune_cli.stages.remembering import INIT, Snapshot
+from prune_cli.structure import follow, rebuild, surgery
+from prune_cli.structure.lineage import Lineage
+from prune_cli.structure.plan import Plan
+from prune_cli.training import admm
+from prune_cli.training import fit as loop
+from prune_cli.training.distributed import ALONE, same_masks
+from prune_cli.training.fit import Progress
+from prune_cli.training.step_sums import StepSum, summed
+from prune_cli.training.training import Training
+
+log = logging.getLogger(__name__)
+
+FIT, MASKS, HELD, LOSS, ADMM, SNAPSHOT = "fit/", "masks/", "held/", "loss/", "admm/", "snapshot/"
+RESIDUALS = "admm.csv"
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a selection removes, of the units and channels that there are; what a resumed stage reports too."""
+
+    units: int = 0
+    removed: int = 0
+    channels: int = 0
+    channels_removed: int = 0
+    requested: float | None = None
+
+
+@dataclass
+class Clock:
+    """Where the stage's trainings stand.
+
+    Attributes:
+        progress: of the present training; None before the first.
+        total: epochs of it.
+        until: epoch that a request under way trains to; None between requests.
+        begun: trainings so far.
+    """
+
+    progress: Progress | None = None
+    total: int | None = None
+    until: int | None = None
+    begun: int = 0
+
+
+class Session:
+    """Owns what a stage changes: the network, its masks, trainings and snapshots.
+
+    The channel plan is found once per network, and the ratios once.
+
+    Args:
+        state: as it came to the stage.
+        training: how to train.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        *,
+        criterion: Criterion,
+        granularity: Granularity,
+        calibration: Calibration,
+        distillation: Distillation,
+        training: Training,
+    ) -> None:
+        self.state, self.criterion, self.granularity = state, criterion, granularity
+        self.calibration, self.distillation, self.training = calibration, distillation, training
+        self.masks: dict[str, Tensor] = {}
+        self.forms: dict[str, MaskFormat] = {}
+        self.removed = Removed()
+        self.taken = Removed()  # by Shrink, before the present network
+        self.clock = Clock()
+        self.splitting = admm.Splitting()
+        self.snapshots: dict[str, Snapshot] = {}
+        self.shrunk: Lineage | None = None  # from the network that came to the present one
+        self.came = state.lineage  # from the dense network to the one that came
+        self.problem: Problem | None = None
+        self.warned = False  # that scores are of training images
+        self._loss: loop.Loss | None = None
+        self._waiting: dict[str, Tensor] = {}  # parameters of the loss, as a checkpoint has them
+        self._look_at_network()
+
+    # ------------------------------------------------------------------------------------------------ the network
+
+    def _look_at_network(self) -> None:
+        """Forgets what was found out about another network; constraint sets are those of the weights as they are."""
+        self._plan: Plan | None = None
+        self.asked = self.granularity.ratios(self.state.model)
+        self.whole, self.constraints = self.granularity.split(self.state.model, self.asked)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network as it is now."""
+        return self.state.model
+
+    def plan(self) -> Plan:
+        """Its channel plan, analysed once."""
+        if self._plan is None:
+            self._plan = follow.analyse(self.model, self.state.example_inputs())
+        return self._plan
+
+    def pose(self) -> Problem:
+        """What the schedule may know of the network as it is now; times are those of rank 0."""
+        before = self.problem
+        problem = pose(
+            self.granularity,
+            self.model,
+            self.state.example_inputs(),
+            asked=self.asked,
+            masked=self.state.masks,
+            tags=tags(self.state),
+            seed=self.state.stage_seed,
+            plan=self.plan,
+            budget=None if before is None else (before.quantity, before.budget),
+        )
+        self.problem = Problem.from_dict(self.state.world.broadcast(problem.to_dict()))
+        return self.problem
+
+    # ------------------------------------------------------------------------------------------------ choosing
+
+    def held(self, *, monotone: bool = True) -> Mapping[str, Tensor]:
+        """What stays removed: what an earlier stage did, and what this one did where the schedule says so."""
+        return self.masks if monotone and self.masks else self.state.masks
+
+    def statistics(self, criterion: Criterion) -> Statistics:
+        """What a criterion needs: measured on the network as it is now, and summed up while it trained."""
+        found = statistics_of(self.state, criterion, list(self.asked), self.calibration)
+        for need in criterion.entries:
+            if need.source == "training" and self.clock.progress:
+                for name in found:
+                    found[name][need.name] = summed(need, self.clock.progress.memory, name, self.state.device)
+        return found
+
+    def select(
+        self,
+        granularity: Granularity,
+        criterion: Criterion,
+        statistics: Statistics,
+        held: Mapping[str, Tensor],
+        *,
+        fraction: float = 1.0,
+        kept: Mapping[str, int] | None = None,
+    ) -> Selection:
+        """Masks to join with those that are held, the same on every rank."""
+        selection = select(
+            granularity,
+            criterion,
+            self.model,
+            self.state.example_inputs(),
+            share=fraction,
+            kept=kept,
+            masked=held,
+            statistics=statistics,
+            seed=self.state.stage_seed % 2**62,
+            asked=self.asked,
+            plan=self.plan,
+        )
+        same_masks(self.state.world, selection.masks)
+        return selection
+
+    def scored(self, statistics: Statistics, kept: Mapping[str, int] | None = None) -> list[Group]:
+        """The groups of units with their scores by the present weights; what is masked already ranks lowest.
+
+        Args:
+            statistics: of the criterion, for these weights.
+            kept: what will be kept of each, for criteria that need to know.
+        """
+        context = Context(
+            self.model, self.state.example_inputs(), {}, self.asked, self.held(), self.granularity.dependency, self.plan
+        )
+        return scored(self.granularity, self.criterion, context, statistics, self.state.stage_seed % 2**62, kept=kept)
+
+    def keep(self, selection: Selection, held: Mapping[str, Tensor]) -> None:
+        """Takes note of a choice; nothing is zeroed here."""
+        self.masks = masking.joined(held, selection.masks)
+        self.forms = self.granularity.forms(self.model, selection.masks, self.asked)
+        self.removed = Removed(
+            selection.units, selection.removed, selection.channels, selection.channels_removed, selection.requested
+        )
+
+    def fix(self) -> None:
+        """The whole masks hold from now on, with what they leave useless."""
+        if self.masks:
+            self.masks = self.granularity.complete(self.model, self.state.example_inputs(), self.masks, self.plan)
+            masking.apply(self.model, self.masks)
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def train(
+        self,
+        progress: Progress,
+        *,
+        epochs: int,
+        until: int,
+        masks: Mapping[str, Tensor],
+        penalty: bool = False,
+        save: learning.Save | None = None,
+        candidate: bool = False,
+        seed: int | None = None,
+    ) -> Progress:
+        """Trains the network on.
+
+        Args:
+            progress: where the training stands.
+            epochs: length of the training, `until` the epoch to reach.
+            masks: what is held at zero.
+            penalty: tie the weights to their projections.
+            save: takes a checkpoint's tensors and numbers.
+            candidate: a trial by this process alone: nothing is summed up, and of several processes none stops inside.
+            seed: of the batches; the stage's own by default.
+        """
+        hooks = [] if candidate else self._hooks(progress, penalty=penalty)
+
+        def regularise(step: int, memory: dict[str, Tensor]) -> None:
+            for hook in hooks:
+                hook(step, memory)
+
+        state, training = self.state, self.training
+        if candidate:
+            alone = state.world.size == 1
+            stop = state.interrupted if alone else lambda: False
+            state = replace(state, world=ALONE, interrupted=stop, stage=f"{state.stage}, candidate")
+            training = replace(training, fit=replace(training.fit, eval_every=0, early_stop=None))
+        return learning.learn(
+            state,
+            self.loss(),
+            epochs=epochs,
+            until=until,
+            training=training,
+            masks=masks,
+            regularise=regularise if hooks else None,
+            progress=progress,
+            save=save,
+            seed=seed,
+        )
+
+    def loss(self) -> loop.Loss:
+        """The loss of the present network; made once, as a term may have parameters that are trained along."""
+        if self._loss is None:
+            self._loss = teaching.objective(self.state, self.distillation, self.training.label_smoothing)
+            if self._waiting and isinstance(self._loss, nn.Module):
+                self._loss.load_state_dict(self._waiting)
+        return self._loss
+
+    def _hooks(self, progress: Progress, *, penalty: bool) -> list[loop.Regularise]:
+        """What accompanies a training. Sums are of the loss's own gradient, so they come before anything is added."""
+
+        def rate() -> float:
+            assert progress.optimizer is not None
+            return float(progress.optimizer.param_groups[0]["lr"])
+
+        needs = [need for need in self.criterion.entries if need.source == "training"]
+        hooks: list[loop.Regularise] = [StepSum(need, self.model, list(self.asked), rate) for need in needs]
+        if penalty:
+            if self.splitting.rho is None:
+                raise ScheduleError("schedule: it asks for the penalty of a projection before the first `Project`")
+            hooks.append(admm.Pull(self.model, list(self.splitting.sets.values()), self.splitting.rho))
+        return hooks
+
+    def steps(self) -> int:
+        """Batches of an epoch."""
+        return len(self.state.data.train(self.training.batch_size, 0, shard=self.state.world.shard))
+
+    # ------------------------------------------------------------------------------------------------ snapshots
+
+    def snapshot(self, tag: str) -> Snapshot:
+        """What a schedule, or an earlier train stage, keeps under a tag, in the shape of the present network.
+
+        Raises:
+            ScheduleError: nothing is kept under it.
+        """
+        if tag in self.snapshots:
+            return self.snapshots[tag]
+        if tag not in tags(self.state):
+            raise ScheduleError(
+                f"schedule: nothing is remembered as {tag!r}{nearest(tag, [*tags(self.state), *self.snapshots])}"
+            )
+        if tag == INIT:
+            found = Snapshot(self.state.architecture.build().state_dict())
+        else:
+            world = self.state.world
+            one = remembering.read(self.state.remembered[tag]) if world.main else None
+            weights = world.broadcast_tensors(one.weights if one else None)
+            found = Snapshot(weights, {}, *world.broadcast([one.epoch, one.step, one.steps] if one else None))
+        if _shapes(found.weights) == _shapes(self.model.state_dict()):
+            return found
+        with torch.device("meta"):
+            dense = _shapes(self.state.architecture.build().state_dict())
+        if any(dense[name] != shape for name, shape in _shapes(found.weights).items()):
+            raise ScheduleError(
+                f"schedule: {tag!r} was remembered of a network that had been shrunk before; remember it in a train stage "
+                "before the first prune stage"
+            )
+        for lineage in (self.came, self.shrunk):
+            found = found if lineage is None else found.shrunk(lineage)
+        return found
+
+    def shrink(self) -> None:
+        """Takes what the masks remove out of the network; moments, sums and snapshots go along."""
+        self.fix()
+        before, joined = self.model, masking.joined(self.state.masks, self.masks)
+        if not joined:
+            return
+        small = shrinking.taken_out(self.state.evolve(masks=joined), self.granularity.units, self.plan)
+        # What is chosen from next are the weights of plain layers.
+        model, masks, lineage = rebuild.expanded(small.model, small.masks, small.lineage)
+        if (progress := self.clock.progress) is not None:
+            _shrink_progress(progress, before, model, lineage)
+        self.snapshots = {tag: one.shrunk(lineage) for tag, one in self.snapshots.items()}
+        self.shrunk = lineage if self.shrunk is None else lineage.after(self.shrunk)
+        self._become(model, masks, {**self.forms, **self.state.forms})
+        self.taken = Removed(
+            removed=self.taken.removed + self.removed.removed,
+            channels_removed=self.taken.channels_removed + self.removed.channels_removed,
+        )
+        self.masks, self.forms, self.splitting = {}, {}, self.splitting.ended()
+        self.removed = Removed(
+            self.removed.units - self.removed.removed, 0, self.removed.channels - self.removed.channels_removed
+        )
+
+    def _become(self, model: nn.Module, masks: Mapping[str, Tensor], forms: Mapping[str, MaskFormat]) -> None:
+        """Goes on with a smaller network."""
+        assert self.shrunk is not None
+        whole = self.shrunk if self.came is None else self.shrunk.after(self.came)
+        self.state = self.state.evolve(model=model, masks=masks, forms=forms, lineage=whole)
+        self._loss, self._waiting = None, {}  # its parameters, if any, are those of the larger network's features
+        self._look_at_network()
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def tensors(self, training: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, with those of the training."""
+        named = {FIT + name: value for name, value in training.items()}
+        named |= {MASKS + name: value for name, value in self.masks.items()}
+        if self.shrunk is not None:
+            named |= {HELD + name: value for name, value in self.state.masks.items()}
+        named |= {ADMM + name: value for name, value in self.splitting.tensors().items()}
+        own = self._loss.state_dict() if isinstance(self._loss, nn.Module) else self._waiting
+        named |= {LOSS + name: value for name, value in own.items()}
+        for tag, one in self.snapshots.items():
+            named |= {f"{SNAPSHOT}{tag}/weights/{name}": value for name, value in one.weights.items()}
+            named |= {f"{SNAPSHOT}{tag}/masks/{name}": value for name, value in one.masks.items()}
+        return named
+
+    def numbers(self, training: Mapping[str, Any]) -> dict[str, Any]:
+        """The rest of a checkpoint, JSON-serialisable, with that of the training."""
+        clock = self.clock
+        return {
+            "fit": training, "trained": clock.progress is not None, "total": clock.total, "until": clock.until,
+            "begun": clock.begun, "removed": asdict(self.removed), "taken": asdict(self.taken),
+            "forms": {name: asdict(form) for name, form in self.forms.items()},
+            "held": {name: asdict(form) for name, form in self.state.forms.items()},
+            "admm": self.splitting.numbers(), "shrunk": self.shrunk and self.shrunk.to_dict(),
+            "snapshots": {tag: [one.epoch, one.step, one.steps, dict(one.facts)] for tag, one in self.snapshots.items()},
+        }  # fmt: skip
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """The inverse of `tensors` and `numbers`: goes on from a checkpoint of this stage."""
+
+        def those(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        def placed(prefix: str) -> dict[str, Tensor]:
+            return {name: value.to(self.state.device) for name, value in those(prefix).items()}
+
+        if numbers["shrunk"]:
+            self.shrunk = Lineage.from_dict(numbers["shrunk"])
+            small = rebuild.rebuild(self.model, self.shrunk)
+            forms = {name: MaskFormat(**form) for name, form in numbers["held"].items()}
+            self._become(small, placed(HELD), forms)
+        progress = loop.restore_progress(self.model, self.training.optimizer, those(FIT), numbers["fit"])
+        self.clock = Clock(
+            progress if numbers["trained"] else None, numbers["total"], numbers["until"], numbers["begun"]
+        )
+        self._waiting = placed(LOSS)
+        self.masks = placed(MASKS)
+        self.forms = {name: MaskFormat(**form) for name, form in numbers["forms"].items()}
+        self.removed, self.taken = Removed(**numbers["removed"]), Removed(**numbers["taken"])
+        self.splitting = admm.Splitting.restored(placed(ADMM), numbers["admm"])
+        self.snapshots = {
+            tag: Snapshot(placed(f"{SNAPSHOT}{tag}/weights/"), placed(f"{SNAPSHOT}{tag}/masks/"), *clock)
+            for tag, clock in numbers["snapshots"].items()
+        }
+        log.info("%s: going on from epoch %d, step %d", self.state.stage, progress.epoch + 1, progress.step)
+
+    # ------------------------------------------------------------------------------------------------ the end
+
+    def result(self) -> State:
+        """The state after the stage, which a granularity with `shrink` has made smaller."""
+        self.fix()
+        progress, now, taken = self.clock.progress, self.removed, self.taken
+        units, removed = now.units + taken.removed, now.removed + taken.removed
+        gone, there = now.channels_removed + taken.channels_removed, now.channels + taken.channels_removed
+        rows = self.splitting.residuals
+        outcome = Outcome(
+            epochs=len(progress.history) if progress else 0,
+            select_on=self.training.fit.select_on if progress else None,
+            ratio_requested=now.requested,
+            ratio_prunable=removed / units if units else None,
+            ratio_channels=gone / there if there else None,
+            history=tuple(progress.history) if progress else (),
+            files={RESIDUALS: artifacts.table(admm.Residual, rows)} if rows else {},
+        )
+        # What an earlier stage masked keeps its form, although these masks are joined with it.
+        after = self.state.evolve(
+            masks=self.masks or self.state.masks, forms={**self.forms, **self.state.forms}, outcome=outcome
+        )
+        return shrinking.shrink_state(after, self.granularity.units, self.plan) if self.granularity.shrink else after
+
+
+def tags(state: State) -> tuple[str, ...]:
+    """Snapshots that are there before a schedule begins."""
+    return (INIT, *state.remembered)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _shrink_progress(progress: Progress, before: nn.Module, after: nn.Module, lineage: Lineage) -> None:
+    """Everything with state in a training, for a network that became smaller, in place."""
+    if progress.optimizer is not None:
+        surgery.repoint(progress.optimizer, before, after, lineage.kept)
+    if progress.average is not None:
+        progress.average = rebuild.carried(progress.average, lineage)
+    # What hooks sum up per weight has its name behind their own prefix.
+    sliced = rebuild.carried(
+        {key.partition("/")[2]: value for key, value in progress.memory.items()}, Lineage(lineage.kept)
+    )
+    progress.memory = {key: sliced[key.partition("/")[2]] for key in progress.memory}
+
+
+def statistics_of(state: State, criterion: Criterion, names: Sequence[str], calibration: Calibration) -> Statistics:
+    """What the criterion needs, measured on the network as it is now, with its loss on the labels alone.
+
+    Args:
+        names: weights of interest.
+        calibration: images for criteria that need them.
+    """
+    images = requirements.needs_images(criterion)
+    batches = state.data.calibration(calibration.images, calibration.batch_size) if images else ()
+    shared = state.world.size > 1 and len(batches) >= state.world.size  # else every rank sees all of them
+    if shared:
+        batches = state.data.calibration(calibration.images, calibration.batch_size, shard=state.world.shard)
+    return collect(
+        state.model,
+        batches,
+        criterion.needs,
+        learning.cross_entropy(0.0),
+        state.example_inputs(),
+        at=criterion.at,
+        names=list(names),
+        reduce=state.world.add_up if shared else None,
+    )

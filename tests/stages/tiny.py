@@ -1,0 +1,148 @@
+"""A prune stage on a tiny network, called as a function: nothing of a run around it but its slot."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prune_cli.config.compose import compose
+from prune_cli.config.nodes import resolve
+from prune_cli.console import Console
+from prune_cli.criteria import weights
+from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.statistics import Calibration
+from prune_cli.data.fake import fake
+from prune_cli.distillation.distillation import Distillation
+from prune_cli.granularities.filter import Filter
+from prune_cli.pipeline.state import Architecture, Outcome, State
+from prune_cli.pipeline.store import Slot
+from prune_cli.selection.granularity import Granularity
+from prune_cli.stages.journal import Journal
+from prune_cli.stages.prune import prune
+from prune_cli.tensors import state_sha256
+from prune_cli.training.distributed import ALONE
+from prune_cli.training.fit import Options
+from prune_cli.training.training import Training
+
+DATA = fake((3, 8, 8), 4, train=56, test=16, val=8)
+L2 = Criterion(weights.l2)
+NEVER, ALWAYS = 1e9, 0.0
+SHORT = {
+    "epochs": 4, "retrain_epoch": 3, "prune_freq": 2, "iterations": 2, "epochs_per_iteration": 1, "retrain_epochs": 1,
+}  # fmt: skip
+
+
+class Cut(BaseException):
+    """What a kill is in another process: nothing catches it."""
+
+
+def network(seed: int = 1) -> nn.Module:
+    """Two convolutions with norms, dropout and a classifier: what has state or draws random numbers is there."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 4),
+        )  # fmt: skip
+
+
+def begin(place: Path, **changes) -> State:
+    """The state that comes to the stage, in a process that has just begun: always the same weights."""
+    torch.manual_seed(7)
+    state = State(
+        model=network(),
+        data=DATA,
+        architecture=Architecture(functools.partial(network, 2), {}, "tiny"),
+        device=torch.device("cpu"),
+        seed=0,
+        console=Console(),
+        slot=Slot(place),
+        stage="prune",
+        outcome=Outcome(),
+    )
+    return state.evolve(**changes)
+
+
+def run(
+    state: State,
+    schedule: Callable,
+    granularity: Granularity | None = None,
+    criterion: Criterion = L2,
+    *,
+    seconds: float = NEVER,
+) -> State:
+    """The stage with a schedule; it writes checkpoints `NEVER` or `ALWAYS`."""
+    return prune(
+        state,
+        criterion=criterion,
+        granularity=granularity or Granularity(Filter(), 0.5),
+        schedule=schedule,
+        distillation=Distillation(),
+        training=training(seconds),
+        calibration=Calibration(16, 8),
+    )
+
+
+def training(seconds: float = NEVER) -> Training:
+    """Momentum and a rate that falls: what has to be taken along, and told where it is."""
+    return Training(
+        batch_size=16,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        lr_schedule=lambda now, epochs: 1 - 0.9 * now / max(epochs, 1),
+        fit=Options(checkpoint_seconds=seconds),
+    )
+
+
+def option(group: str, name: str, kind: type | None = None, **keys):
+    """A shipped option with some of its keys changed, those of `SHORT` among them."""
+    node = compose(["recipe=quickstart", "criterion=l2", f"{group}={name}"]).config[group]
+    node |= {key: value for key, value in SHORT.items() if key in node} | keys
+    return resolve(node, group, kind)
+
+
+def result(state: State) -> tuple:
+    """Everything that a stage gives: weights and masks by their bytes, and what it says of itself."""
+    return (
+        state_sha256(state.model.state_dict()), state_sha256(dict(state.masks)), copy.deepcopy(state.outcome),
+        state.lineage,
+    )  # fmt: skip
+
+
+def journal(place: Path):
+    """What the stage's journal holds."""
+    return Journal(place, ALONE).read()
+
+
+def cut_after(monkeypatch, answers: int) -> None:
+    """The process dies when so many answers are in the journal, before anything else happens."""
+    answered, count = Journal.answered, 0
+
+    def die(self: Journal, name: str, answer: object) -> None:
+        nonlocal count
+        answered(self, name, answer)
+        count += 1
+        if count == answers:
+            raise Cut
+
+    monkeypatch.setattr(Journal, "answered", die)
+
+
+def cut_at_step(monkeypatch, steps: int) -> None:
+    """The process dies after so many optimizer steps."""
+    step, count = torch.optim.SGD.step, 0
+
+    def die(self: torch.optim.SGD, *arguments):
+        nonlocal count
+        found = step(self, *arguments)
+        count += 1
+        if count == steps:
+            raise Cut
+        return found
+
+    monkeypatch.setattr(torch.optim.SGD, "step", die)
