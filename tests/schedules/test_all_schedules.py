@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from prune_cli.config.locations import options
+from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Train, fingerprint
 from prune_cli.schedules.schedule import most_epochs, trains
 from prune_cli.selection.granularity import Granularity
-from prune_cli.stages.course import _decoded
+from prune_cli.session.course import _decoded
 from prune_cli.stages.prune import check
 from tests.stages.tiny import (
     ALWAYS,
@@ -24,6 +25,7 @@ from tests.stages.tiny import (
     option,
     result,
     run,
+    training,
 )  # fmt: skip
 
 SCHEDULES = sorted(options("schedule"))
@@ -99,7 +101,9 @@ def test_it_ends_for_every_legal_granularity(name, kind, tmp_path):
     chosen = granularity(kind, **keys)
     state = begin(tmp_path)
     try:
-        check(state, criterion=L2, granularity=chosen, schedule=schedule, distillation=_no_teacher(), fit=option_fit())
+        check(
+            state, criterion=L2, granularity=chosen, schedule=schedule, distillation=Distillation(), training=training()
+        )
     except ConfigError as error:
         assert "choose" in str(error)  # only what is said to be illegal is left out
         return
@@ -117,15 +121,3 @@ def test_what_it_says_of_its_length_is_an_upper_bound(name, tmp_path):
     assert bound is None or after.outcome.epochs <= bound
     made = asked(schedule, Problem.from_dict(journal(tmp_path).problem), [])
     assert trains(schedule) or Train.__name__ not in made
-
-
-def _no_teacher():
-    from prune_cli.distillation.distillation import Distillation
-
-    return Distillation()
-
-
-def option_fit():
-    from prune_cli.training.fit import Options
-
-    return Options()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prune_cli.data.fake import fake
+from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError, ScheduleError
 from prune_cli.granularities.element import Element
 from prune_cli.granularities.filter import Filter
@@ -22,12 +23,27 @@ from prune_cli.schedules.requests import Evaluate, Mask, Remember, Restore, Shri
 from prune_cli.selection.budget import Budget
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.latency_table import Table
-from prune_cli.stages import candidates
-from prune_cli.stages.journal import Journal
-from prune_cli.stages.posing import pose
+from prune_cli.session import candidates
+from prune_cli.session.journal import Journal
+from prune_cli.session.posing import pose
+from prune_cli.stages.prune import check
 from prune_cli.structure.follow import analyse
 from tests.stages.searching import in_rounds, lottery, netadapt
-from tests.stages.tiny import ALWAYS, DATA, NEVER, Cut, begin, cut_after, cut_at_step, journal, network, result, run
+from tests.stages.tiny import (
+    ALWAYS,
+    DATA,
+    L2,
+    NEVER,
+    Cut,
+    begin,
+    cut_after,
+    cut_at_step,
+    journal,
+    network,
+    result,
+    run,
+    training,
+)
 
 HALF = Granularity(Filter(), 0.5)
 FIFTH = Granularity(Filter(), budget=Budget(params=0.2), shrink=True)
@@ -598,11 +614,8 @@ def test_a_latency_budget_is_predicted_as_its_table_does(tmp_path, monkeypatch):
 
 
 def test_schedules_that_count_are_refused_before_training_where_units_cannot_be_counted(tmp_path):
-    from prune_cli.stages.prune import check
-    from tests.schedules.test_all_schedules import L2, _no_teacher, option_fit
-
     with pytest.raises(ConfigError, match="chosen by patterns"):
         check(
             begin(tmp_path), criterion=L2, granularity=Granularity(NM(), 0.5), schedule=netadapt,
-            distillation=_no_teacher(), fit=option_fit(),
+            distillation=Distillation(), training=training(),
         )  # fmt: skip

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
-from prune_cli.config.locations import options
+from prune_cli.config.compose import compose
 from prune_cli.config.nodes import resolve
 from prune_cli.console import Console
 from prune_cli.criteria import weights
@@ -23,11 +22,12 @@ from prune_cli.granularities.filter import Filter
 from prune_cli.pipeline.state import Architecture, Outcome, State
 from prune_cli.pipeline.store import Slot
 from prune_cli.selection.granularity import Granularity
-from prune_cli.stages.journal import Journal
+from prune_cli.session.journal import Journal
 from prune_cli.stages.prune import prune
 from prune_cli.tensors import state_sha256
 from prune_cli.training.distributed import ALONE
 from prune_cli.training.fit import Options
+from prune_cli.training.training import Training
 
 DATA = fake((3, 8, 8), 4, train=56, test=16, val=8)
 L2 = Criterion(weights.l2)
@@ -84,17 +84,24 @@ def run(
         granularity=granularity or Granularity(Filter(), 0.5),
         schedule=schedule,
         distillation=Distillation(),
+        training=training(seconds),
+        calibration=Calibration(16, 8),
+    )
+
+
+def training(seconds: float = NEVER) -> Training:
+    """Momentum and a rate that falls: what has to be taken along, and told where it is."""
+    return Training(
         batch_size=16,
         optimizer=functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
         lr_schedule=lambda now, epochs: 1 - 0.9 * now / max(epochs, 1),
         fit=Options(checkpoint_seconds=seconds),
-        calibration=Calibration(16, 8),
     )
 
 
 def option(group: str, name: str, kind: type | None = None, **keys):
     """A shipped option with some of its keys changed, those of `SHORT` among them."""
-    node = yaml.safe_load(options(group)[name].read_text())
+    node = compose(["recipe=quickstart", "criterion=l2", f"{group}={name}"]).config[group]
     node |= {key: value for key, value in SHORT.items() if key in node} | keys
     return resolve(node, group, kind)
 
