@@ -468,8 +468,8 @@ def test_snapshots_go_along_when_the_network_shrinks(tmp_path):
     init = run(
         begin(tmp_path / "c"), asking(Mask(), Shrink(), Restore("init")), Granularity(Filter(), 0.5, shrink=True)
     )
-    kept = init.lineage["kept"]["3.weight"]
-    rows = network(2).state_dict()["3.weight"][kept["0"]][:, kept["1"]]
+    kept = init.lineage.kept["3.weight"]
+    rows = network(2).state_dict()["3.weight"][list(kept[0])][:, list(kept[1])]
     assert torch.equal(init.model.state_dict()["3.weight"], rows)
 
 
