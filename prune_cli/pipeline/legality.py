@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from prune_cli.config import option_files
 from prune_cli.config.compose import compose
 from prune_cli.config.locations import options
 from prune_cli.console import Console
@@ -105,7 +104,9 @@ def _composed(kept: Mapping[str, Sequence[str]], overrides: Sequence[str]) -> tu
     keys, rest = [], []
     for override in overrides:
         axis, _, key = override.partition(".")
-        names = [name for name in kept[axis] if _top(key) in _keys(axis, name)] if axis in AXES else []
+        names = (
+            [name for name in kept[axis] if _top(key) in option_files.keys(f"{axis}/{name}")] if axis in AXES else []
+        )
         keys += [(axis, name, key) for name in names]
         rest += [] if names else [override]
     if not any(override.startswith(("recipe=", "model=", "dataset=")) for override in rest):
@@ -118,7 +119,7 @@ def _composed(kept: Mapping[str, Sequence[str]], overrides: Sequence[str]) -> tu
         own, given = found.choices[axis], {_top(key) for group, _, key in keys if group == axis}
         of_recipe = _differences(found.config[axis], asked[axis][own])
         for name, node in asked[axis].items():
-            known = _keys(axis, name) - given
+            known = option_files.keys(f"{axis}/{name}") - given
             asked[axis][name] = _merged(node, {key: value for key, value in of_recipe.items() if key in known})
     return found.config, found.choices
 
@@ -151,11 +152,6 @@ def _merged(node: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 def _top(key: str) -> str:
     """The first part of a dotted `key=value`."""
     return key.partition("=")[0].partition(".")[0]
-
-
-def _keys(group: str, name: str) -> set[str]:
-    """The top keys of an option's file."""
-    return set(yaml.safe_load(options(group)[name].read_text()) or {})
 
 
 def _stages(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:

@@ -7,53 +7,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sklearn.cluster import KMeans
 
 from prune_cli.compression import codec, huffman, kmeans
-from prune_cli.compression.gaps import fillers, from_gaps, to_gaps
+from prune_cli.compression.gaps import fillers
 from prune_cli.compression.kmeans import Clustered
-from prune_cli.errors import CheckpointError
 
 
 def sparse(seed: int, *shape: int, density: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator), torch.rand(*shape, generator=generator) < density
-
-
-# ------------------------------------------------------------------------------------------------ sharing
-
-
-@pytest.mark.parametrize(("seed", "clusters"), [(0, 4), (1, 16), (2, 31)])
-def test_kmeans_is_that_of_scikit_learn(seed, clusters):
-    values = np.random.default_rng(seed).uniform(-1, 2, 3000) ** 3
-    start = np.linspace(values.min(), values.max(), clusters)
-    reference = KMeans(clusters, init=start[:, None], n_init=1, tol=0, max_iter=300).fit(values[:, None])
-    centroids, numbers = kmeans.kmeans(values, clusters)
-    assert np.allclose(centroids, np.sort(reference.cluster_centers_[:, 0]), atol=1e-6)
-    assert float(((values - centroids[numbers]) ** 2).sum()) == pytest.approx(reference.inertia_, rel=1e-6)
-
-
-def test_every_value_gets_its_nearest_centroid_and_every_centroid_is_the_mean_of_its_values():
-    values = np.concatenate([np.random.default_rng(3).normal(size=500), [40.0]])  # an outlier leaves clusters empty
-    centroids, numbers = kmeans.kmeans(values, 32)
-    assert len(centroids) < 32 and set(numbers) == set(range(len(centroids)))
-    assert np.array_equal(numbers, np.abs(values[:, None] - centroids).argmin(1))
-    assert np.allclose(centroids, [values[numbers == k].mean() for k in range(len(centroids))])
-    assert len(kmeans.kmeans(np.array([2.0, 2.0]), 8)[0]) == 1
-    assert len(kmeans.kmeans(np.zeros(0), 8)[0]) == 0
-
-
-def test_sharing_leaves_few_values_and_zeros():
-    weight, keep = sparse(4, 20, 6, 3, 3)
-    shared = kmeans.cluster(weight, keep, 15)
-    assert (shared.weight[~keep] == 0).all()
-    assert torch.equal(torch.unique(shared.weight[keep]), shared.codebook)
-    assert len(shared.codebook) <= 15
-    assert float((shared.weight - weight * keep).abs().max()) < 0.5
-    with pytest.raises(CheckpointError, match="not finite"):
-        kmeans.cluster(weight / 0, keep, 15)
 
 
 def test_centroid_gradient_is_that_of_autograd():
@@ -66,25 +28,6 @@ def test_centroid_gradient_is_that_of_autograd():
     assert torch.allclose(kmeans.centroid_gradient(full.grad, shared.assignment, 5), codebook.grad)
 
 
-# ------------------------------------------------------------------------------------------------ gaps
-
-
-@given(st.lists(st.booleans(), max_size=200), st.integers(1, 5))
-@settings(max_examples=80, deadline=None)
-def test_gaps_return_places_and_fillers_are_counted(flags, bits):
-    places = np.flatnonzero(flags)
-    codes, filler = to_gaps(places, len(flags), bits)
-    assert np.array_equal(from_gaps(codes, len(flags), bits)[~filler], places)
-    assert (codes < 1 << bits).all() and (codes[filler] == (1 << bits) - 1).all()
-    assert int(filler.sum()) == fillers(torch.tensor(flags, dtype=torch.bool), bits)
-
-
-def test_gap_codes_that_do_not_cover_the_vector_are_refused():
-    for codes, length in ([5, 5], 11), ([0], 20), ([], 9):
-        with pytest.raises(CheckpointError, match="gap codes reach"):
-            from_gaps(np.array(codes, dtype=np.int64), length, 3)
-
-
 # ------------------------------------------------------------------------------------------------ Huffman
 
 
@@ -95,64 +38,6 @@ def brute_force_mean(counts: list[int]) -> float:
         if sum(2.0**-size for size in lengths) <= 1:
             best = min(best, sum(c * size for c, size in zip(counts, lengths, strict=True)) / sum(counts))
     return best
-
-
-@pytest.mark.parametrize("counts", [[5, 2, 1, 1], [1, 1, 1, 1, 1], [8, 4, 2, 1, 1], [3, 3, 2]])
-def test_huffman_is_optimal_and_within_a_bit_of_entropy(counts):
-    lengths = huffman.code_lengths(np.array(counts))
-    mean = sum(c * int(size) for c, size in zip(counts, lengths, strict=True)) / sum(counts)
-    assert mean == pytest.approx(brute_force_mean(counts))
-    bound = huffman.entropy(np.array(counts))
-    assert bound - 1e-12 <= mean < bound + 1
-
-
-def test_mean_length_near_entropy_by_hand():
-    counts = np.array([45, 25, 15, 10, 5])
-    mean = float((huffman.code_lengths(counts) * counts).sum() / 100)
-    assert mean == pytest.approx(0.45 + 0.25 * 2 + 0.15 * 3 + 0.15 * 4)
-    assert huffman.entropy(counts) == pytest.approx(-sum(c / 100 * np.log2(c / 100) for c in counts))
-
-
-@given(st.integers(0, 5000), st.integers(1, 40), st.integers(0, 99), st.floats(0.3, 6))
-@settings(max_examples=50, deadline=None)
-def test_streams_come_back(count, alphabet, seed, skew):
-    drawn = np.random.default_rng(seed).uniform(size=count) ** skew
-    symbols = (drawn * alphabet).astype(np.int64)
-    stream = huffman.pack(symbols, alphabet)
-    assert np.array_equal(huffman.unpack(stream, count), symbols)
-    assert 8 * len(stream.data) - int((stream.lengths.astype(int)[symbols]).sum()) in range(8)
-
-
-def test_codes_as_long_as_fibonacci_counts_make_them():
-    counts = [1, 1]
-    while len(counts) < 18:
-        counts.append(counts[-1] + counts[-2])
-    symbols = np.repeat(np.arange(len(counts)), counts)
-    stream = huffman.pack(np.random.default_rng(0).permutation(symbols), len(counts))
-    assert stream.lengths.max() == len(counts) - 1
-    assert np.array_equal(np.bincount(huffman.unpack(stream, len(symbols))), counts)
-
-
-def test_damaged_streams_are_refused_or_at_least_stay_inside():
-    symbols = np.random.default_rng(1).integers(0, 5, 3000)
-    stream = huffman.pack(symbols, 7)
-    generator = np.random.default_rng(2)
-    caught = 0
-    for _ in range(60):
-        lengths, segments, data = stream.lengths.copy(), stream.segments.copy(), bytearray(stream.data)
-        match generator.integers(3):
-            case 0:
-                lengths[generator.integers(7)] = generator.integers(256)
-            case 1:
-                segments[generator.integers(len(segments))] += generator.integers(1, 9)
-            case _:
-                data[generator.integers(len(data))] ^= int(generator.integers(1, 256))
-        try:
-            found = huffman.unpack(huffman.Stream(lengths, segments, bytes(data)), 3000)
-            assert len(found) == 3000 and found.min() >= 0 and found.max() < 7
-        except CheckpointError:
-            caught += 1
-    assert caught > 20
 
 
 # ------------------------------------------------------------------------------------------------ tensors

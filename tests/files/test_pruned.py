@@ -13,9 +13,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from prune_cli import masks as masking
-from prune_cli.config import option_files
-from prune_cli.config.locations import options
-from prune_cli.config.nodes import locate
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import CheckpointError, ConfigError
@@ -249,12 +246,3 @@ def test_other_weights_are_refused(folder):
         pruned.load(folder)
     with pytest.raises(CheckpointError, match="cannot read"):
         pruned.load(folder / "nowhere")
-
-
-@pytest.mark.parametrize("name", options("model"))
-def test_every_shipped_model_may_be_named_by_a_file(name):
-    content = {}
-    for path in option_files.files(f"model/{name}"):
-        content |= yaml.safe_load(path.read_text())
-    arguments = {key: value for key, value in content.items() if key not in ("weights", "defaults")}
-    assert builders.require_ours(arguments, "test") is locate(content["_target_"], "model")

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import warnings
-
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,13 +9,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models as zoo
 
-from prune_cli.errors import DataError
-from prune_cli.measure.accuracy import accuracy
 from prune_cli.measure.cost import cost, size_bytes
-from prune_cli.measure.latency import latency
 from prune_cli.models.resnet_cifar import resnet_cifar
 from prune_cli.models.vgg import vgg
-from prune_cli.training.batch_norm import recalibrate_bn
 
 # ------------------------------------------------------------------------------------------ params and MACs
 
@@ -49,70 +42,6 @@ def test_hand_counted_layers() -> None:
     assert result.layers[0].weight_shape == (8, 3, 3, 3) and result.layers[0].kind == "Conv2d"
     assert result.params == sum(p.numel() for p in model.parameters())
     assert result.bytes == size_bytes(model) == 4 * (result.params + 16) + 8
-
-
-@pytest.mark.parametrize("in_shape", [(1, 3, 6, 6), (4, 3, 6, 6)])
-def test_macs_grow_with_the_batch(in_shape: tuple[int, ...]) -> None:
-    assert cost(nn.Conv2d(3, 2, 3), torch.zeros(in_shape)).macs == in_shape[0] * 2 * 16 * 27
-
-
-@pytest.mark.parametrize(
-    ("name", "side"),
-    [
-        ("vit_b_32", 64),
-        ("swin_t", 64),
-        ("swin_v2_t", 64),
-        ("mobilenet_v2", 32),
-        ("shufflenet_v2_x0_5", 32),
-        ("convnext_tiny", 32),
-        ("densenet121", 32),
-        ("resnext50_32x4d", 32),
-    ],
-)
-def test_macs_are_half_of_what_pytorch_counts(name: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
-    extra = {"image_size": side} if name.startswith("vit") else {}
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        model = zoo.get_model(name, weights=None, **extra).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(2, 3, side, side, device="meta"))
-    result = cost(model, torch.empty(2, 3, side, side, device="meta"))
-    assert result.macs > 0 and result.flops == counter.get_total_flops()
-    assert result.params == sum(p.numel() for p in model.parameters())
-
-
-class Attention(nn.Module):
-    """Attention by every road: module, functional, products and einsum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.table = nn.Parameter(torch.randn(8, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mha(x, x, x, need_weights=False)[0]
-        x = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
-        scores = torch.einsum("bld,bmd->blm", x, x)
-        return torch.baddbmm(x, scores, x) @ self.table
-
-
-@pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize("road", ["shapes", "values"])
-def test_attention(length: int, road: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Attention().eval()
-    if road == "values":  # what the fallback does, where the path depends on values
-        model.register_forward_pre_hook(lambda _, inputs: float(inputs[0].sum()) and None)
-    x = torch.randn(3, length, 8)
-    result = cost(model, x)
-    square = 3 * length * length * 8
-    macs = {layer.name: layer.macs for layer in result.layers}
-    assert macs == {
-        "": 4 * square + 3 * length * 8 * 4,  # attention (2), einsum, baddbmm, table
-        "mha": 3 * length * 8 * 24 + 2 * square,
-        "mha.out_proj": 3 * length * 64,
-    }
-    assert torch.backends.mha.get_fastpath_enabled()
 
 
 class Clustered(nn.Module):
@@ -214,97 +143,6 @@ def test_channels_last_weights_and_masks() -> None:
     conv = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
     mask = torch.rand(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.6
     assert cost(conv, (4, 5, 5), {"weight": mask}).macs_nonzero == 9 * int(mask.sum())
-
-
-# ------------------------------------------------------------------------------------------------- latency
-
-
-def test_latency_restores_threads_and_leaves_the_model() -> None:
-    model = nn.Linear(4, 4)
-    threads = torch.get_num_threads()
-    result = latency(model, torch.randn(8, 4), dtype=torch.bfloat16, threads=1, warmup=1, repeats=9)
-    assert 0 < result.median_ms <= result.p95_ms
-    assert result.throughput == pytest.approx(8e3 / result.median_ms)
-    assert (result.batch_size, result.device, result.dtype, result.repeats) == (8, "cpu", "bfloat16", 9)
-    assert torch.get_num_threads() == threads
-    assert model.training and model.weight.dtype == torch.float32
-
-
-# ------------------------------------------------------------------------------------------------ accuracy
-
-
-def test_accuracy_counts_every_example_once() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(103, 9, generator=generator)
-    target = torch.randint(0, 9, (103,), generator=generator)
-    model = nn.Sequential(nn.Dropout(0.9), nn.Identity())
-    for size in (1, 10, 64, 103, 500):
-        metrics = accuracy(model, zip(logits.split(size), target.split(size), strict=True))
-        assert metrics.total == 103
-        assert metrics.correct == int((logits.argmax(1) == target).sum())
-        ranked = logits.argsort(1, descending=True)[:, :5]
-        assert metrics.correct5 == sum(int(t in row) for t, row in zip(target, ranked, strict=True))
-        assert metrics.loss == pytest.approx(float(F.cross_entropy(logits.double(), target)), rel=1e-6)
-        assert metrics.acc1 == 100 * metrics.correct / 103
-    assert model.training and model[0].training
-
-
-def test_accuracy_with_a_loss_few_classes_and_named_logits() -> None:
-    class Wrapped(nn.Module):
-        def forward(self, x: Tensor) -> object:
-            return type("Output", (), {"logits": x})()
-
-    logits, target = torch.eye(3), torch.tensor([0, 1, 0])
-    metrics = accuracy(
-        Wrapped(), [(logits[:2], target[:2]), (logits[2:], target[2:])], lambda x, y: x.sum() / len(y) + 1
-    )
-    assert (metrics.correct, metrics.acc5, metrics.loss) == (2, 100.0, 2.0)
-
-
-def test_accuracy_refuses_no_data_and_unknown_classes() -> None:
-    with pytest.raises(DataError, match="no examples"):
-        accuracy(nn.Identity(), [])
-    with pytest.raises(DataError, match="class 5 in the data, the network has 3 outputs"):
-        accuracy(nn.Identity(), [(torch.zeros(2, 3), torch.tensor([0, 5]))])
-
-
-# -------------------------------------------------------------------------------------------- recalibration
-
-
-def test_recalibration_is_the_mean_over_batches() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.3), nn.Dropout(0.9), nn.BatchNorm2d(3, momentum=None))
-    model[0].eval()
-    weights = [parameter.clone() for parameter in model.parameters()]
-    batches = [2 * torch.randn(6, 3, 4, 4) + 1, torch.randn(4, 3, 4, 4)]
-    recalibrate_bn(model, [(batches[0], torch.zeros(6)), batches[1]])
-    mean = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
-    var = torch.stack([batch.var((0, 2, 3)) for batch in batches]).mean(0)
-    assert torch.allclose(model[0].running_mean, mean, atol=1e-6)
-    assert torch.allclose(model[0].running_var, var, rtol=1e-5)
-    # without dropout, what the second norm sees is normalised
-    assert torch.allclose(model[2].running_mean, torch.zeros(3), atol=1e-5)
-    assert [model[0].momentum, model[2].momentum] == [0.3, None]
-    assert [module.training for module in model] == [False, True, True]
-    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
-
-
-def test_recalibration_equals_pytorchs() -> None:
-    model = resnet_cifar(num_classes=3, in_shape=(1, 8, 8), depth=8, widths=(2, 3, 4))
-    batches = list(torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(1)).split(8))
-    recalibrate_bn(model, batches)
-    ours = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    torch.optim.swa_utils.update_bn(batches, model)
-    assert all(torch.equal(tensor, ours[key]) for key, tensor in model.state_dict().items())
-
-
-def test_recalibration_without_batches_changes_nothing() -> None:
-    model = nn.BatchNorm2d(2)
-    model.running_mean.fill_(3)  # type: ignore[union-attr]
-    with pytest.raises(DataError, match="no images"):
-        recalibrate_bn(model, [])
-    assert model.running_mean.tolist() == [3, 3]  # type: ignore[union-attr]
-    recalibrate_bn(nn.Linear(2, 2), [torch.zeros(1, 2)])
 
 
 def test_count_by_shapes_equals_count_by_values() -> None:

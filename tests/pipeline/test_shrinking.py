@@ -14,7 +14,6 @@ from prune_cli.errors import SurgeryError
 from prune_cli.files import pruned
 from prune_cli.files.weights import read_state_dict
 from prune_cli.granularities.filter import kept_units
-from prune_cli.pipeline.results import slower
 from prune_cli.structure import slicing, surgery, verified
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.keep import lowest_units
@@ -140,15 +139,6 @@ def test_a_changed_cfg_file_trains_again(prune, workplace):
     second = prune(*scratch)
     assert first.code == second.code == 0, second.err
     assert second.rows.loc["train", "params"] < first.rows.loc["train", "params"]
-
-
-@pytest.mark.parametrize(
-    ("params", "latency", "flagged"), [(50, 1.2, True), (50, 1.01, False), (50, 0.9, False), (100, 1.2, None)]
-)
-def test_a_smaller_network_that_is_slower_is_flagged(params, latency, flagged):
-    dense = {"params": 100, "latency_ms_b1": 1.0, "latency_ms_b64": 9.0}
-    assert slower({"params": params, "latency_ms_b1": latency, "latency_ms_b64": 9.0}, dense) is flagged
-    assert slower({"params": params, "latency_ms_b1": None, "latency_ms_b64": None}, dense) is None
 
 
 def test_a_teacher_may_be_a_pruned_network_of_another_architecture(prune):

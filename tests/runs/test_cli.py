@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from prune_cli.cli import COMMANDS
 from prune_cli.config.locations import GROUPS, description, options
@@ -64,28 +63,6 @@ def test_quickstart_leaves_tables_checkpoints_and_log(prune):
     assert rows.compression.iloc[1] == pytest.approx(rows.params.iloc[0] / rows.params_nonzero.iloc[1])
 
 
-def test_second_run_takes_everything_from_the_store(prune):
-    first, second = prune("run", *QUICK), prune("run", *QUICK)
-    assert second.err.count("taken from the store") == 3
-    assert second.rows.drop(columns=["seconds"]).equals(first.rows.drop(columns=["seconds"]))
-    assert (first.folder / "finetune/weights.safetensors").read_bytes() == (
-        second.folder / "finetune/weights.safetensors"
-    ).read_bytes()
-
-
-@pytest.mark.thorough
-def test_sweep_trains_each_dense_network_once(prune, workplace):
-    result = prune("run", "-m", *QUICK, "stages=[train,prune]", "criterion=l1,l2,random", "seed=0,1")
-    assert result.code == 0, result.err
-    assert result.err.count("train: starting") == 2
-    assert result.err.count("prune: starting") == 6
-    import pandas
-
-    (table,) = workplace.glob("outputs/multirun/*/results.csv")
-    assert len(pandas.read_csv(table)) == 12
-    assert "8 stages" in prune("store").out
-
-
 def test_evaluate_a_run_a_stage_and_a_file(prune):
     run = prune("run", *QUICK)
     whole = prune("evaluate", str(run.folder))
@@ -116,39 +93,6 @@ def test_copy_gives_a_recipe_to_edit(prune, workplace):
     file.write_text("# cut off\nstages: [train,")
     result = prune("run", "recipe=mine")
     assert result.code == 2 and "mine.yaml" in result.err and len(result.err.strip().splitlines()) == 1, result.err
-
-
-def test_own_recipes_in_a_folder_of_any_name(prune, workplace, monkeypatch):
-    odd = workplace / "a=b, [c]'s ü"
-    odd.mkdir()
-    monkeypatch.chdir(odd)
-    assert prune("copy", "quickstart", "mine").code == 0
-    result = prune("show", "recipe=mine")
-    assert result.code == 0, result.err
-
-
-def test_user_code_and_recipes_beside_the_shipped_ones(prune, workplace, monkeypatch):
-    folder = workplace / "elsewhere"
-    (folder / "criterion").mkdir(parents=True)
-    (folder / "criterion/negative.yaml").write_text(
-        "# keeps the smallest\nscore: {_target_: own_scores.negative, _partial_: true}\nlevel: element\nneeds: []\n"
-    )
-    (workplace / "own_scores.py").write_text("def negative(view):\n    return -view.weight.abs()\n")
-    monkeypatch.setenv("PRUNE_RECIPES", str(folder))
-    result = prune("run", *QUICK, "criterion=negative", "stages=[train,prune]")
-    assert result.code == 0, result.err
-    assert result.rows.loc["prune", "criterion"] == "negative"
-
-
-def test_another_option_drops_the_keys_that_a_recipe_set_for_its_own(prune):
-    result = prune(
-        "run", "recipe=lenet_digits_irre", *QUICK[1:3], "latency=false", "stages=[train,prune]", "schedule=one_shot",
-        "lr_schedule@train.lr_schedule=cosine",
-    )  # fmt: skip
-    assert result.code == 0, result.err
-    refused = prune("run", "recipe=lenet_digits_irre", "schedule=one_shot", "schedule.retrain_epoch=3")
-    assert refused.code == 2
-    assert "schedule.retrain_epoch: unknown key" in refused.err
 
 
 def test_own_network_and_own_data(prune, workplace, monkeypatch):
@@ -186,32 +130,12 @@ def test_own_network_and_own_data(prune, workplace, monkeypatch):
     assert trusted.code == 0, trusted.err
 
 
-def test_latency_is_measured_also_for_what_comes_from_the_store(prune):
-    assert prune("run", *QUICK).rows.latency_ms_b1.isna().all()
-    again = prune("run", *QUICK[:-1])
-    assert again.err.count("taken from the store") == 3
-    assert (again.rows.latency_ms_b1 > 0).all()
-    assert (again.rows.latency_p95_ms_b64 >= again.rows.latency_ms_b64).all()
-
-
 def test_show_prints_what_is_known_before_training(prune):
     result = prune("show", "recipe=quickstart", "--estimate")
     assert result.code == 0, result.err
     assert "stage 2  prune" in result.out
     assert "estimate in all" in result.out
     assert "10 classes of 1 x 8 x 8" in result.out
-
-
-def test_gc_keeps_what_runs_refer_to(prune, workplace):
-    kept = prune("run", *QUICK)
-    other = prune("run", *QUICK, "seed=1")
-    import shutil
-
-    shutil.rmtree(other.folder)
-    assert "deleted 3 folders" in prune("store", "--gc").out
-    assert "3 stages" in prune("store").out
-    assert prune("run", *QUICK).err.count("taken from the store") == 3
-    assert kept.folder.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -276,49 +200,6 @@ def test_mistakes_are_one_line_on_stderr_with_a_code(prune, workplace, arguments
     assert not list(workplace.glob("outputs/store/*")), "nothing may be computed before the mistake is found"
 
 
-OWN = """
-import torch
-from torch import nn
-class Tied(nn.Module):
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.c.weight, self.f = self.b.weight, nn.Linear(8, num_classes)
-    def forward(self, x):
-        return self.f(self.c(self.b(self.a(x).relu()).relu()).relu().mean((2, 3)))
-def broken(num_classes: int):
-    raise RuntimeError("no such thing")
-def sized():
-    return nn.Sequential(nn.Flatten(), nn.Linear(5, 10))
-def few():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-"""
-
-
-@pytest.fixture
-def own(workplace):
-    (workplace / "own.py").write_text(OWN)
-    (workplace / "recipes/model").mkdir(parents=True)
-    for name in ("Tied", "broken", "sized", "few"):
-        (workplace / f"recipes/model/{name}.yaml").write_text(f"# a network of one's own\n_target_: own.{name}\n")
-    yield
-    sys.modules.pop("own", None)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("broken", "own.broken raised RuntimeError: no such thing"),
-        ("sized", "model=sized fails on images of (1, 8, 8): RuntimeError"),
-        ("few", "must return (1, 10), a logit per class"),
-    ],
-)
-def test_own_networks_that_do_not_fit_are_refused_before_training(prune, own, workplace, name, message):
-    result = prune("run", *QUICK, f"model={name}")
-    assert result.code == 2 and message in result.err and len(result.err.strip().splitlines()) == 1, result.err
-    assert not list(workplace.glob("outputs/store/*"))
-
-
 @pytest.mark.parametrize("granularity", ["element", "n_m", "stripe", "kernel", "pattern", "filter"])
 def test_a_weight_that_layers_share_is_pruned_once(prune, own, granularity):
     whole = 8 * 9 + 8 + 8 * 8 * 9 + 2 * 8 + 8 * 10 + 10
@@ -337,46 +218,6 @@ def test_a_weight_that_layers_share_is_pruned_once(prune, own, granularity):
     else:
         assert row.params_nonzero == left[granularity] < whole
     assert granularity != "filter" or row.params == left["filter"]
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("raise ValueError('no idea')", "scoring conv1.weight raised ValueError: no idea"),
-        ("return view.weight.sum()", "have shape ()"),
-        ("return 1.0", "are a float, not a tensor"),
-    ],
-)
-def test_own_criteria_are_tried_before_training(prune, workplace, monkeypatch, body, message):
-    (workplace / "scores.py").write_text(f"def mine(view):\n    {body}\n")
-    monkeypatch.delitem(sys.modules, "scores", raising=False)
-    (workplace / "recipes/criterion").mkdir(parents=True)
-    (workplace / "recipes/criterion/mine.yaml").write_text(
-        "# one's own\nscore: {_target_: scores.mine, _partial_: true}\nlevel: element\nneeds: []\n"
-    )
-    result = prune("run", *QUICK, "criterion=mine")
-    assert result.code == 2 and message in result.err and "starting" not in result.err, result.err
-
-
-def test_a_last_batch_of_one_image_is_refused_where_norms_need_two(prune):
-    keys = ("model=torchvision", "model.name=resnet18", "dataset=fake", "dataset.train=9", "dataset.shape=[3,32,32]")
-    result = prune("run", "recipe=quickstart", *keys, "train.batch_size=8")
-    assert result.code == 2 and "leaves one image of 9 for the last batch" in result.err, result.err
-    assert prune("show", "recipe=quickstart", *keys, "train.batch_size=7", "finetune.batch_size=7").code == 0
-
-
-def test_a_teacher_of_other_classes_is_refused_before_training(prune, workplace):
-    from prune_cli.models.lenet import lenet5
-
-    teacher = prune(
-        "run", *QUICK, "dataset=cifar100", "dataset.fake=true", "stages=[train]", "model=lenet_300_100"
-    ).folder
-    keys = ("model=lenet_300_100", "dataset=cifar10", "dataset.fake=true", "distillation=hinton")
-    result = prune("run", *QUICK, *keys, f"distillation.teacher={teacher / 'train'}")
-    assert result.code == 2 and "100 classes" in result.err and "starting" not in result.err, result.err
-    torch.save(lenet5(num_classes=10, in_shape=(1, 8, 8)).state_dict(), workplace / "lenet5.pt")
-    result = prune("run", *QUICK, *keys, "distillation.teacher=lenet5.pt")
-    assert result.code == 4 and "do not fit" in result.err and "starting" not in result.err, result.err
 
 
 def test_completion_offers_groups_and_options(spawn):

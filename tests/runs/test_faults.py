@@ -13,7 +13,6 @@ import pandas
 import pytest
 import torch
 
-from prune_cli.pipeline.store import Store
 from tests.conftest import ROOT
 
 QUICK = ("run", "recipe=quickstart", "limit_batches=2", "train.epochs=1", "finetune.epochs=1", "latency=false")
@@ -133,33 +132,6 @@ def test_two_processes_one_computes_and_one_waits(spawn):
     assert sums(folder_of(outs[0][0])) == sums(folder_of(outs[1][0]))
 
 
-def test_one_altered_byte_in_the_store_is_found_and_computed_again(prune, workplace):
-    first = prune(*QUICK)
-    before = sums(first.folder)
-    victims = sorted(workplace.glob("outputs/store/*/weights.safetensors"))
-    for victim in victims:
-        content = bytearray(victim.read_bytes())
-        content[len(content) // 2] ^= 1
-        victim.write_bytes(content)
-    second = prune(*QUICK)
-    assert second.code == 0
-    assert second.err.count("is damaged") == 3
-    assert second.err.count(": starting") == 3
-    assert sums(second.folder) == before
-
-
-def test_a_damaged_unfinished_checkpoint_is_ignored(workplace):
-    slot = Store(workplace).slot("k")
-    slot.save({"a": torch.ones(3)}, {"n": 1})
-    tensors, numbers = slot.load()
-    assert tensors["a"].tolist() == [1, 1, 1]
-    assert numbers == {"n": 1}
-    (path,) = workplace.glob("k.partial/*/weights.safetensors")
-    path.write_bytes(path.read_bytes()[:-1])
-    assert slot.load() is None
-    assert slot.load() is None
-
-
 def test_evaluate_refuses_an_altered_checkpoint(prune):
     run = prune(*QUICK)
     weights = run.folder / "finetune/weights.safetensors"
@@ -211,14 +183,6 @@ def test_an_output_folder_that_cannot_be_made(prune, workplace):
     result = prune(*QUICK)
     assert result.code == 6, result.err
     assert len(result.err.strip().splitlines()) == 1, result.err
-
-
-def test_a_store_that_cannot_be_made(prune, workplace, monkeypatch):
-    (workplace / "file").write_text("")
-    monkeypatch.setenv("PRUNE_STORE", str(workplace / "file/store"))
-    result = prune(*QUICK)
-    assert result.code == 6, result.err
-    assert "PRUNE_STORE" in result.err.strip().splitlines()[-1]
 
 
 @pytest.mark.thorough

@@ -126,6 +126,13 @@ def test_a_key_is_set_wherever_an_option_has_it(prune):
     }
 
 
+def test_a_key_of_a_shared_file_is_set_too(prune):
+    """Clustering needs to know how many filters stay, which a ranking over the whole network finds out from scores."""
+    arguments = ("list", "--legal", "criterion=l1,clustering", "stage=prune", "granularity=filter", "schedule=one_shot")
+    legal = [list(cells(prune(*arguments, *key).out).values()) for key in [(), ("granularity.scope=global",)]]
+    assert legal == [[True, True], [True, False]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -189,6 +189,7 @@ def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9, abs=1e-14)
 
 
+@pytest.mark.thorough
 def test_two_gloo_processes_learn_from_a_teacher_as_one_does(tmp_path):
     two_processes(
         tmp_path,

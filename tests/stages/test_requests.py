@@ -23,9 +23,9 @@ from prune_cli.schedules.requests import Evaluate, Mask, Remember, Restore, Shri
 from prune_cli.selection.budget import Budget
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.latency_table import Table
-from prune_cli.stages import candidates
-from prune_cli.stages.journal import Journal
-from prune_cli.stages.posing import pose
+from prune_cli.session import candidates
+from prune_cli.session.journal import Journal
+from prune_cli.session.posing import pose
 from prune_cli.stages.prune import check
 from prune_cli.structure.follow import analyse
 from tests.stages.searching import in_rounds, lottery, netadapt

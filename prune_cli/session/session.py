@@ -24,9 +24,9 @@ from prune_cli.schedules.problem import Problem
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import Selection, scored, select
-from prune_cli.stages import learning, remembering, teaching
-from prune_cli.stages.posing import pose
-from prune_cli.stages.remembering import INIT, Snapshot
+from prune_cli.session import learning, remembering, teaching
+from prune_cli.session.posing import pose
+from prune_cli.session.remembering import INIT, Snapshot
 from prune_cli.structure import follow, rebuild, surgery
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.plan import Plan

@@ -1,27 +1,23 @@
-"""The journal of a prune stage: every request's fingerprint and answer, appended at once to a small file.
+"""The journal of a prune stage: every request's fingerprint and answer, appended at once to a small file of `Lines`.
 
-    SHA256[:16] {"request": FINGERPRINT, "answer": ...}
-    SHA256[:16] {"request": FINGERPRINT, "part": 3, "answer": ...}    one of the answers that make up the next
+    {"request": FINGERPRINT, "answer": ...}
+    {"request": FINGERPRINT, "part": 3, "answer": ...}    one of the answers that make up the next
 
-The first line is the problem that the schedule began with. A line that is torn or damaged ends the journal: what comes
-behind it is forgotten and asked again.
+The first line is the problem that the schedule began with.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prune_cli.files import artifacts
+from prune_cli.files.lines import Lines
 from prune_cli.training.distributed import World
 
 NAME = "journal"
-DIGITS = 16
 
 
 @dataclass
@@ -50,11 +46,11 @@ class Journal:
     """
 
     def __init__(self, folder: Path, world: World) -> None:
-        self._path, self._world = folder / NAME, world
+        self._lines, self._world = Lines(folder / NAME), world
 
     def read(self) -> Record:
         """What is there, the same on every rank; a damaged end is cut off."""
-        lines = self._world.broadcast(self._whole_lines() if self._world.main else None)
+        lines = self._world.broadcast(self._lines.read() if self._world.main else None)
         record = Record()
         for line in lines:
             if record.problem is None:
@@ -71,9 +67,8 @@ class Journal:
     def begin(self, problem: Mapping[str, Any]) -> None:
         """A new journal in place of what is there."""
         if self._world.main:
-            with artifacts.writing(self._path):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.unlink(missing_ok=True)
+            with artifacts.writing(self._lines.path):
+                self._lines.path.unlink(missing_ok=True)
             self._append({"problem": problem})
 
     def answered(self, fingerprint: str, answer: Any) -> None:
@@ -85,31 +80,5 @@ class Journal:
         self._append({"request": fingerprint, "part": index, "answer": answer})
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        if not self._world.main:
-            return
-        text = json.dumps(line)
-        with artifacts.writing(self._path), self._path.open("ab") as file:
-            file.write(f"{_checksum(text)} {text}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _whole_lines(self) -> list[dict[str, Any]]:
-        """The lines up to the first that is not whole; the file is cut there, so that new ones follow them."""
-        if not self._path.is_file():
-            return []
-        found, end = [], 0
-        with self._path.open("rb") as file:
-            for raw in file:
-                text = raw[DIGITS + 1 :].decode(errors="replace").removesuffix("\n")
-                if not raw.endswith(b"\n") or raw[: DIGITS + 1] != f"{_checksum(text)} ".encode():
-                    break
-                found.append(json.loads(text))
-                end += len(raw)
-        if end < self._path.stat().st_size:
-            with artifacts.writing(self._path):
-                os.truncate(self._path, end)
-        return found
-
-
-def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+        if self._world.main:
+            self._lines.append(line)
