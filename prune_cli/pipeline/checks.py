@@ -44,7 +44,7 @@ def check_granularities(state: State, stage: Stage, parameters: Parameters) -> N
     Raises:
         ConfigError: which to choose.
     """
-    made_for = " or ".join(units.__module__.rpartition(".")[2] for units in stage.granularities)
+    made_for = " or ".join(units.name for units in stage.granularities)
     for value in parameters.values():
         if made_for and isinstance(value, Granularity) and not isinstance(value.units, stage.granularities):
             raise ConfigError(

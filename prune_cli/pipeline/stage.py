@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+from prune_cli.granularities.units import Units
 from prune_cli.pipeline.state import State
 from prune_cli.selection.granularity import Granularity
 from prune_cli.training.fit import DEFAULTS
@@ -57,7 +58,7 @@ class Stage:
     removes: bool = False
     reads_weights: bool = False
     final: str | None = None
-    granularities: tuple[type, ...] = ()
+    granularities: tuple[type[Units], ...] = ()
 
     def __call__(self, function: Function) -> Function:
         """Attaches the declaration to the stage's function, as a decorator."""

@@ -8,7 +8,7 @@ from prune_cli.config.nodes import Flat
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import State
-from prune_cli.stages import learning, teaching
+from prune_cli.session import learning, teaching
 from prune_cli.training.fit import Epochs
 from prune_cli.training.training import Training
 

@@ -15,11 +15,11 @@ from prune_cli.schedules.requests import Evaluate, Mask, Request, Train
 from prune_cli.schedules.schedule import Schedule, first_request, most_epochs
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
-from prune_cli.stages import teaching
-from prune_cli.stages.course import Course
-from prune_cli.stages.perform import again, perform
-from prune_cli.stages.posing import pose
-from prune_cli.stages.session import Session, tags
+from prune_cli.session import teaching
+from prune_cli.session.course import Course
+from prune_cli.session.perform import again, perform
+from prune_cli.session.posing import pose
+from prune_cli.session.session import Session, tags
 from prune_cli.training.training import Training
 
 

@@ -31,9 +31,9 @@ from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import rank
 from prune_cli.selection.select import select
 from prune_cli.selection.targets import Rule
-from prune_cli.stages import learning
+from prune_cli.session import learning
+from prune_cli.session.session import statistics_of
 from prune_cli.stages.sensitivity_plot import Point, curves
-from prune_cli.stages.session import statistics_of
 from prune_cli.structure.prunable import owner
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection import targets
 from prune_cli.selection.targets import LayerSelector
-from prune_cli.stages import learning, teaching
+from prune_cli.session import learning, teaching
 from prune_cli.structure import prunable
 from prune_cli.structure.lineage import Lineage
 from prune_cli.training import weight_sharing

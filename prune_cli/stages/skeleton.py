@@ -22,7 +22,7 @@ from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import smallest
-from prune_cli.stages import learning, teaching
+from prune_cli.session import learning, teaching
 from prune_cli.training import filter_skeleton as method
 from prune_cli.training.fit import Epochs
 from prune_cli.training.training import Training

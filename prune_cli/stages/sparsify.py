@@ -9,7 +9,7 @@ from prune_cli.config.nodes import Flat
 from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import State
 from prune_cli.regularisers.penalty import Regulariser
-from prune_cli.stages import learning
+from prune_cli.session import learning
 from prune_cli.training.fit import Epochs
 from prune_cli.training.training import Training
 

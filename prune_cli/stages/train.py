@@ -18,8 +18,8 @@ from prune_cli.measure import cost
 from prune_cli.pipeline.loading import build_architecture
 from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Architecture, State
-from prune_cli.stages import learning
-from prune_cli.stages.remembering import moment
+from prune_cli.session import learning
+from prune_cli.session.remembering import moment
 from prune_cli.training.fit import Epochs
 from prune_cli.training.training import Training
 

@@ -11,7 +11,7 @@ from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Train, fingerprint
 from prune_cli.schedules.schedule import most_epochs, trains
 from prune_cli.selection.granularity import Granularity
-from prune_cli.stages.course import _decoded
+from prune_cli.session.course import _decoded
 from prune_cli.stages.prune import check
 from tests.stages.tiny import (
     ALWAYS,

@@ -106,7 +106,7 @@ def test_nothing_follows_shared_weights(prune):
 OWN = """
 from typing import Annotated
 from prune_cli.config.nodes import Flat
-from prune_cli.stages import learning
+from prune_cli.session import learning
 from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.training.training import Training
 

@@ -23,9 +23,9 @@ from prune_cli.schedules.requests import Evaluate, Mask, Remember, Restore, Shri
 from prune_cli.selection.budget import Budget
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.latency_table import Table
-from prune_cli.stages import candidates
-from prune_cli.stages.journal import Journal
-from prune_cli.stages.posing import pose
+from prune_cli.session import candidates
+from prune_cli.session.journal import Journal
+from prune_cli.session.posing import pose
 from prune_cli.stages.prune import check
 from prune_cli.structure.follow import analyse
 from tests.stages.searching import in_rounds, lottery, netadapt
@@ -468,8 +468,8 @@ def test_snapshots_go_along_when_the_network_shrinks(tmp_path):
     init = run(
         begin(tmp_path / "c"), asking(Mask(), Shrink(), Restore("init")), Granularity(Filter(), 0.5, shrink=True)
     )
-    kept = init.lineage["kept"]["3.weight"]
-    rows = network(2).state_dict()["3.weight"][kept["0"]][:, kept["1"]]
+    kept = init.lineage.kept["3.weight"]
+    rows = network(2).state_dict()["3.weight"][list(kept[0])][:, list(kept[1])]
     assert torch.equal(init.model.state_dict()["3.weight"], rows)
 
 

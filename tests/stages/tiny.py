@@ -22,7 +22,7 @@ from prune_cli.granularities.filter import Filter
 from prune_cli.pipeline.state import Architecture, Outcome, State
 from prune_cli.pipeline.store import Slot
 from prune_cli.selection.granularity import Granularity
-from prune_cli.stages.journal import Journal
+from prune_cli.session.journal import Journal
 from prune_cli.stages.prune import prune
 from prune_cli.tensors import state_sha256
 from prune_cli.training.distributed import ALONE

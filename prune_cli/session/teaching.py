@@ -12,7 +12,7 @@ from prune_cli.distillation.objective import Objective, Taught, prepared
 from prune_cli.errors import ConfigError, PruneError
 from prune_cli.pipeline.loading import load_teacher
 from prune_cli.pipeline.state import State, derive_seed
-from prune_cli.stages import learning
+from prune_cli.session import learning
 from prune_cli.training.fit import Loss
 
 

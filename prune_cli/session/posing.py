@@ -115,7 +115,7 @@ def _layers(model: nn.Module, cost: costs.Cost) -> dict[str, tuple[int, Layer]]:
 
 
 def _group(name: str, group: Units, granularity: Granularity, facts: Mapping[str, tuple[int, Layer]]) -> Group:
-    names = group.layers or (group.name.removesuffix(".weight"),)
+    names = group.layer_names
     own = [facts[layer] for layer in names if layer in facts]
     size, limits = group.scores.numel(), granularity.limits
     whole = size - int((group.scores == float("-inf")).sum())

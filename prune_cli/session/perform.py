@@ -18,10 +18,10 @@ from prune_cli.pipeline.state import derive_seed
 from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Evaluate, Mask, Project, Remember, Request, Restore, Shrink, Train
 from prune_cli.selection.select import Selection
-from prune_cli.stages import candidates
-from prune_cli.stages.course import Turn
-from prune_cli.stages.remembering import snapshot
-from prune_cli.stages.session import Removed, Session
+from prune_cli.session import candidates
+from prune_cli.session.course import Turn
+from prune_cli.session.remembering import snapshot
+from prune_cli.session.session import Removed, Session
 from prune_cli.training import admm
 from prune_cli.training.fit import Progress
 

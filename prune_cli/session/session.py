@@ -24,9 +24,9 @@ from prune_cli.schedules.problem import Problem
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import Selection, scored, select
-from prune_cli.stages import learning, remembering, teaching
-from prune_cli.stages.posing import pose
-from prune_cli.stages.remembering import INIT, Snapshot
+from prune_cli.session import learning, remembering, teaching
+from prune_cli.session.posing import pose
+from prune_cli.session.remembering import INIT, Snapshot
 from prune_cli.structure import follow, rebuild, surgery
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.plan import Plan
@@ -378,7 +378,7 @@ class Session:
             "begun": clock.begun, "removed": asdict(self.removed), "taken": asdict(self.taken),
             "forms": {name: asdict(form) for name, form in self.forms.items()},
             "held": {name: asdict(form) for name, form in self.state.forms.items()},
-            "admm": self.splitting.numbers(), "shrunk": self.shrunk and self.shrunk.to_dict(),
+            "admm": self.splitting.numbers(), "shrunk": None if self.shrunk is None else self.shrunk.to_dict(),
             "snapshots": {tag: [one.epoch, one.step, one.steps, dict(one.facts)] for tag, one in self.snapshots.items()},
         }  # fmt: skip
 
@@ -391,7 +391,7 @@ class Session:
         def placed(prefix: str) -> dict[str, Tensor]:
             return {name: value.to(self.state.device) for name, value in those(prefix).items()}
 
-        if numbers["shrunk"]:
+        if numbers["shrunk"] is not None:
             self.shrunk = Lineage.from_dict(numbers["shrunk"])
             small = rebuild.rebuild(self.model, self.shrunk)
             forms = {name: MaskFormat(**form) for name, form in numbers["held"].items()}

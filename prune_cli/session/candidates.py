@@ -18,8 +18,8 @@ from prune_cli.measure.accuracy import accuracy
 from prune_cli.pipeline.state import State, derive_seed
 from prune_cli.schedules.requests import Evaluate, Kept
 from prune_cli.selection.select import Selection, chosen, keep_counts, ordered
-from prune_cli.stages.learning import EVALUATION_BATCH
-from prune_cli.stages.session import Session
+from prune_cli.session.learning import EVALUATION_BATCH
+from prune_cli.session.session import Session
 from prune_cli.structure.modes import evaluating
 from prune_cli.training.batch_norm import recalibrate_bn
 from prune_cli.training.distributed import BATCH_NORMS

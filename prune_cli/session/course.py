@@ -19,8 +19,8 @@ from prune_cli.errors import Interrupted, PruneError
 from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Request, fingerprint
 from prune_cli.schedules.schedule import Requests, Schedule
-from prune_cli.stages.journal import Journal, Record
-from prune_cli.stages.session import Session
+from prune_cli.session.journal import Journal, Record
+from prune_cli.session.session import Session
 from prune_cli.training.fit import Progress
 
 log = logging.getLogger(__name__)

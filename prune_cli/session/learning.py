@@ -14,8 +14,8 @@ from prune_cli.errors import Interrupted
 from prune_cli.masks import Masks
 from prune_cli.measure.accuracy import accuracy
 from prune_cli.pipeline.state import Outcome, State
-from prune_cli.stages import remembering
-from prune_cli.stages.remembering import Recorder
+from prune_cli.session import remembering
+from prune_cli.session.remembering import Recorder
 from prune_cli.training import fit as loop
 from prune_cli.training.fit import OptimizerFactory, Progress
 from prune_cli.training.training import Training

@@ -1,10 +1,9 @@
-"""The journal of a prune stage: every request's fingerprint and answer, appended at once to a small file.
+"""The journal of a prune stage: every request's fingerprint and answer, appended at once to a small file of `Lines`.
 
     {"request": FINGERPRINT, "answer": ...}
     {"request": FINGERPRINT, "part": 3, "answer": ...}    one of the answers that make up the next
 
-The first line is the problem that the schedule began with. How lines survive a crash is in `files.lines`: what comes
-behind a torn one is asked again.
+The first line is the problem that the schedule began with.
 """
 
 from __future__ import annotations
