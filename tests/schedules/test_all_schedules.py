@@ -13,7 +13,7 @@ from prune_cli.schedules.schedule import most_epochs, trains
 from prune_cli.selection.granularity import Granularity
 from prune_cli.session.course import _decoded
 from prune_cli.stages.prune import check
-from tests.stages.tiny import (
+from tests.session.tiny import (
     ALWAYS,
     L2,
     NEVER,

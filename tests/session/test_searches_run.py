@@ -20,11 +20,11 @@ NET = (
     "prune.optimizer.lr=0.05", "stages=[train,prune]",
 )  # fmt: skip
 NETADAPT = (
-    *NET, "granularity=filter", "granularity.budget={macs: 0.5}", "schedule._target_=tests.stages.searching.netadapt",
+    *NET, "granularity=filter", "granularity.budget={macs: 0.5}", "schedule._target_=tests.session.searching.netadapt",
     "+schedule.step=0.1", "prune.fit.checkpoint_seconds=0",
 )  # fmt: skip
 LOTTERY = (
-    *NET, "granularity=element", "granularity.ratio=0.6", "schedule._target_=tests.stages.searching.lottery",
+    *NET, "granularity=element", "granularity.ratio=0.6", "schedule._target_=tests.session.searching.lottery",
 )  # fmt: skip
 
 

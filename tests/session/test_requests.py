@@ -28,8 +28,8 @@ from prune_cli.session.journal import Journal
 from prune_cli.session.posing import pose
 from prune_cli.stages.prune import check
 from prune_cli.structure.follow import analyse
-from tests.stages.searching import in_rounds, lottery, netadapt
-from tests.stages.tiny import (
+from tests.session.searching import in_rounds, lottery, netadapt
+from tests.session.tiny import (
     ALWAYS,
     DATA,
     L2,
