@@ -86,6 +86,7 @@ def test_units_that_cannot_be_taken_out_are_refused(prune):
     assert "granularity.shrink" in result.err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("model", "epochs"), [("resnet18", 4), ("vgg11", 4)])
 def test_from_scratch_in_the_widths_of_a_pruned_network(prune, model, epochs):
     first = prune("run", *FILTER, f"model={model}", "stages=[prune]", "prune.batch_size=4", "limit_batches=1")

@@ -28,6 +28,7 @@ LOTTERY = (
 )  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shrink_every", [0, 2])
 def test_what_a_search_leaves_reloads_in_another_process(prune, shrink_every):
     result = prune(*NETADAPT, f"+schedule.shrink_every={shrink_every}")
@@ -44,6 +45,7 @@ def test_what_a_search_leaves_reloads_in_another_process(prune, shrink_every):
     assert f"{row.acc1:.2f}" in again.out
 
 
+@pytest.mark.thorough
 def test_killed_in_a_search_that_shrinks_the_same_command_goes_on(prune, spawn, workplace):
     arguments = (*NETADAPT, "+schedule.shrink_every=1")
     calm = prune(*arguments)
@@ -58,6 +60,7 @@ def test_killed_in_a_search_that_shrinks_the_same_command_goes_on(prune, spawn, 
     assert sums(folder_of(out)) == sums(calm.folder)
 
 
+@pytest.mark.thorough
 def test_ranks_share_the_candidates_and_adopt_the_same(tmp_path):
     process = torchrun(tmp_path, *NETADAPT, "+schedule.shrink_every=2")
     out, err = process.communicate(timeout=300)
@@ -100,6 +103,7 @@ def test_moments_that_never_come_are_refused_before_training(prune, tags, word):
     assert len(result.err.strip().splitlines()) == 1
 
 
+@pytest.mark.thorough
 def test_snapshots_of_a_training_that_was_killed_are_those_of_one_that_was_not(prune, spawn, workplace):
     arguments = (
         *NET,
