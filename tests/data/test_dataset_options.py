@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import typing
 from pathlib import Path
 
@@ -11,12 +12,17 @@ import pydantic
 import pytest
 import yaml
 
+from prune_cli.config import option_files
+
 OPTIONS = sorted((Path(__file__).resolve().parents[2] / "recipes" / "dataset").glob("*.yaml"))
 SHARED = {"val", "split_seed", "flip", "normalize", "mean", "std", "fake"}
 
 
 def load(option: Path) -> tuple[typing.Any, dict[str, object]]:
-    node = yaml.safe_load(option.read_text())
+    node: dict[str, typing.Any] = {}
+    for path in option_files.files(f"dataset/{option.stem}"):
+        node |= yaml.safe_load(path.read_text())
+    node.pop("defaults", None)
     module, name = node.pop("_target_").rsplit(".", 1)
     return getattr(importlib.import_module(module), name), node
 
@@ -36,7 +42,7 @@ def test_all_sets_are_there() -> None:
 def test_option_describes_its_function(option: Path) -> None:
     make, keys = load(option)
     parameters = inspect.signature(make).parameters
-    assert list(keys) == list(parameters), "the same keys in the same order"
+    assert set(keys) == set(parameters)
     assert set(keys) >= SHARED
     hints = typing.get_type_hints(make)
     for key, value in keys.items():
@@ -48,9 +54,11 @@ def test_option_describes_its_function(option: Path) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.stem)
 def test_option_has_a_description_and_a_comment_per_key(option: Path) -> None:
-    first, *lines = option.read_text().splitlines()
+    first, *_ = option.read_text().splitlines()
     assert first.startswith("# ") and len(first) > 20
-    assert all("  # " in line for line in lines if not line.startswith("_target_"))
+    for path in option_files.files(f"dataset/{option.stem}"):
+        lines = re.findall(r"^(?!_target_|defaults)\w+:.*$", path.read_text(), re.M)
+        assert all("  # " in line for line in lines), path
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.stem)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from torch import nn
+
+from prune_cli.config import option_files
 
 OPTIONS = sorted((Path(__file__).parents[2] / "recipes" / "model").glob("*.yaml"))
 IN_SHAPE = {"inception_v3": (3, 75, 75)}
@@ -19,7 +22,10 @@ IN_SHAPE = {"inception_v3": (3, 75, 75)}
 def test_option_builds(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# ") and len(text.splitlines()[0]) > 10
-    node = yaml.safe_load(text)
+    node: dict[str, Any] = {}
+    for file in option_files.files(f"model/{path.stem}"):
+        node |= yaml.safe_load(file.read_text())
+    node.pop("defaults", None)
     assert node.pop("weights", "absent") is None
     module, _, name = node.pop("_target_").rpartition(".")
     builder = getattr(importlib.import_module(module), name)
