@@ -46,12 +46,12 @@ def test_show_prints_every_key_with_its_comment_and_what_it_prints_is_the_config
     shown = prune("show", *keys).out.split("\ndataset  ")[0]
     assert yaml.safe_load(shown) == compose(list(keys)).config
     lines = [" ".join(line.split()) for line in shown.splitlines()]
-    assert lines.count("clip: null # largest gradient norm") == 7, "of fit, in every stage that trains"
+    assert lines.count("clip: null # largest gradient norm") == 3, "of fit, in every stage that trains"
     assert "scope: global # layer = each coupled set of layers by itself | global = all ranked together" in lines
     assert "min_keep: 0.0 # fraction of a layer's units that always stays; at least one unit does" in lines
     assert any(line.startswith("val: 0.1 # fraction in [0, 1)") for line in lines)
     assert lines.count("teacher: dense # dense = the network before the first pruning stage | PATH of weights or of a "
-                       "stage folder") == 6, "also where a stage takes the node over whole"  # fmt: skip
+                       "stage folder") == 3, "also where a stage takes the node over whole"  # fmt: skip
     assert any("union_keep = a channel goes only when every layer votes so | inner_only" in line for line in lines)
 
 
@@ -102,3 +102,25 @@ def test_files_of_ones_own_that_spell_all_keys_or_build_on_a_shipped_one(prune, 
 def test_an_option_in_place_of_its_keys_is_told_how_to_choose_one(prune):
     result = prune("run", "recipe=quickstart", "train.fit=default")
     assert result.code == 2 and "fit@train.fit=default" in result.err, result.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages"),
+    [
+        (["recipe=quickstart"], set()),
+        (["recipe=quickstart", "stages=[train,recalibrate]"], {"recalibrate"}),
+        (["recipe=quickstart", "share.epochs=1"], {"share"}),
+        (["recipe=digits_stripe_skeleton"], {"skeleton"}),
+        (["recipe=mine"], {"sparsify", "skeleton"}),
+    ],
+)
+def test_stages_are_composed_where_a_recipe_or_an_override_names_them(workplace, overrides, stages):
+    (workplace / "recipes/recipe").mkdir(parents=True)
+    (workplace / "recipes/recipe/mine.yaml").write_text(
+        "# @package _global_\ndefaults: [digits_stripe_skeleton]\nsparsify: {epochs: 3}  # not share\n"
+    )
+    config = compose(overrides).config
+    assert {name for name, node in config.items() if isinstance(node, dict) and name in options("stage")} == {
+        "train", "prune", "finetune", *stages,
+    }  # fmt: skip
+    assert all("_target_" in config[stage] for stage in stages)

@@ -32,11 +32,36 @@ def _sweep_values(text: str) -> list[str]:
 
 
 def hydra_arguments(overrides: list[str]) -> list[str]:
-    """The overrides plus Hydra's search path for the user's recipe folders, unless one was given."""
+    """The overrides plus the stages that they or their recipes name, and the user's recipe folders as Hydra's search path,
+    unless one was given."""
+    overrides = [*overrides, *_named_stages(overrides)]
     folders = searchpath()
     if not folders or any(text.startswith("hydra.searchpath=") for text in overrides):
         return overrides
     return [*overrides, "hydra.searchpath=[" + ",".join(_quoted(f"file://{folder}") for folder in folders) + "]"]
+
+
+def _named_stages(overrides: list[str]) -> list[str]:
+    """Choices of the stages that `config.yaml` leaves out, for those that a recipe or an override names anywhere.
+
+    Composing all of them for every job would take longer than all the rest.
+    """
+    optional = re.findall(r"^  - stage@(\w+): null", (shipped() / "config.yaml").read_text(), re.M)
+    given = {text.partition("=")[0] for text in overrides}
+    words = {word for text in [*overrides, *_recipe_lines(overrides)] for word in re.findall(r"\w+", text)}
+    return [f"stage@{name}={name}" for name in optional if name in words and f"stage@{name}" not in given]
+
+
+def _recipe_lines(overrides: list[str]) -> Iterator[str]:
+    """Lines of the recipes' files without comments; what is wrong with a file is said when it is composed."""
+    import yaml
+
+    for name in [name for text in overrides if text.startswith("recipe=") for name in _sweep_values(text[7:])]:
+        try:
+            for path in option_files.files(f"recipe/{name}"):
+                yield from (line.split("#")[0] for line in path.read_text().splitlines())
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            continue
 
 
 def _quoted(text: str) -> str:

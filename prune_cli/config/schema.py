@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from prune_cli.config.locations import options
 from prune_cli.config.nodes import validate
 from prune_cli.errors import ConfigError, nearest
 
@@ -49,7 +50,7 @@ def check_root(config: dict[str, Any]) -> list[str]:
         raise ConfigError("stages: the list is empty; give for example stages=[train,prune,finetune]")
     for stage in root["stages"]:
         if stage not in nodes:
-            raise ConfigError(f"stages: there is no stage {stage!r}{nearest(stage, nodes)}")
+            raise ConfigError(f"stages: there is no stage {stage!r}{nearest(stage, nodes | set(options('stage')))}")
     return list(root["stages"])
 
 

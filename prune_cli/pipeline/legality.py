@@ -112,6 +112,7 @@ def _composed(kept: Mapping[str, Sequence[str]], overrides: Sequence[str]) -> tu
     if not any(override.startswith(("recipe=", "model=", "dataset=")) for override in rest):
         rest = [*NETWORK, *rest]
     choices = [f"{axis}={kept[axis][0]}" for axis in AXES if _narrowed(kept, axis)]
+    choices += [f"stage@{name}={name}" for name in kept[STAGE]]
     added = [f"+{axis}@table.{axis}.{name}={name}" for axis in AXES for name in kept[axis]]
     found = compose([*rest, *choices, *added, *(f"table.{axis}.{name}.{key}" for axis, name, key in keys)])
     asked = found.config["table"]
