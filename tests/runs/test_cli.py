@@ -200,26 +200,6 @@ def test_mistakes_are_one_line_on_stderr_with_a_code(prune, workplace, arguments
     assert not list(workplace.glob("outputs/store/*")), "nothing may be computed before the mistake is found"
 
 
-@pytest.mark.parametrize("granularity", ["element", "n_m", "stripe", "kernel", "pattern", "filter"])
-def test_a_weight_that_layers_share_is_pruned_once(prune, own, granularity):
-    whole = 8 * 9 + 8 + 8 * 8 * 9 + 2 * 8 + 8 * 10 + 10
-    left = {
-        "element": 18 + 8 + 144 + 16 + 20 + 10, "n_m": 72 + 8 + 144 + 16 + 20 + 10, "stripe": 18 + 144,
-        "kernel": 18 + 8 + 144 + 16 + 90, "filter": 2 * 9 + 2 + 2 * 2 * 9 + 2 * 2 + 2 * 10 + 10,
-    }  # fmt: skip
-    keys = ("granularity.ratio=0.75", f"granularity={granularity}", "stages=[train,prune]")
-    result = prune("run", *QUICK, "model=Tied", *keys)
-    assert result.code == 0, result.err
-    row = result.rows.loc["prune"]
-    if granularity == "pattern":
-        assert row.ratio_prunable == pytest.approx(0.75, abs=0.01)
-    elif granularity == "stripe":  # its filters without stripes go too
-        assert row.params_nonzero <= left["stripe"] + 8 + 16 + 90
-    else:
-        assert row.params_nonzero == left[granularity] < whole
-    assert granularity != "filter" or row.params == left["filter"]
-
-
 def test_completion_offers_groups_and_options(spawn):
     process = spawn("-sc", "query=bash", COMP_LINE="prune run criterion=l", COMP_POINT="21")
     out, err = process.communicate(timeout=60)
