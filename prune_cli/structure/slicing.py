@@ -141,8 +141,10 @@ def _clone(module: nn.Module, memo: dict[int, Any], ordinary: dict[type, bool]) 
         )
     if not simple:
         for part in module.modules():
-            for value in vars(part).values():
+            for key, value in vars(part).items():
                 _detach(value, memo)
+                if interpreter.is_cache(key, value):
+                    memo[id(value)] = interpreter.emptied(value)
         return copy.deepcopy(module, memo)
     new = kind.__new__(kind)
     memo[id(module)] = new

@@ -100,7 +100,7 @@ LONG = (
 )  # fmt: skip
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_regressors_survive_kill_nine_and_a_polite_stop(spawn):
     out, err = spawn(*LONG, "hydra.run.dir=whole").communicate(timeout=300)
     whole = sums(out)

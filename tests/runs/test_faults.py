@@ -56,7 +56,7 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("step", [50, pytest.param(-1, marks=pytest.mark.thorough)], ids=["training", "writing"])
+@pytest.mark.parametrize("step", [50, pytest.param(-1, marks=pytest.mark.slow)], ids=["training", "writing"])
 def test_kill_nine_in_every_stage_then_the_same_command_ends_with_the_same_bytes(spawn, undisturbed, step):
     """One start after the other is killed, each in the stage after that in which the one before was."""
     for done, stage in enumerate([*KINDS, None]):
@@ -84,7 +84,7 @@ LEARNED = {
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("stage", LEARNED)
+@pytest.mark.parametrize("stage", [pytest.param("sr_ste", marks=pytest.mark.slow), "skeleton"])
 def test_kill_nine_while_masks_are_learned_and_while_what_is_left_trains_on(spawn, tmp_path_factory, stage):
     command = (
         *LEARNED[stage], "finetune.epochs=8", "finetune.fit.checkpoint_seconds=0", "deterministic=true", "device=cpu",
@@ -106,7 +106,7 @@ def test_kill_nine_while_masks_are_learned_and_while_what_is_left_trains_on(spaw
     assert sums(folder_of(out)) == sums(place / folder_of(done.stdout))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signals_write_a_resumable_checkpoint_and_exit_with_75(spawn, undisturbed, workplace, number):
     slow = [text.replace("checkpoint_seconds=0", "checkpoint_seconds=999") for text in (*LONG, "stages=[train]")]
     process = spawn(*slow, FAULT=f"train 50 {number.name}")

@@ -234,7 +234,7 @@ def test_a_recipe_in_two_processes_and_its_masks_in_one(tmp_path):
     assert alone.stderr.count("taken from the store") == 4, alone.stderr
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_criteria_that_read_norm_statistics_choose_the_same_masks_on_every_rank(tmp_path):
     network = ("model=resnet20", "model.depth=8", "model.widths=[4,8,8]", "limit_batches=3")
     process = torchrun(tmp_path, *RUN, *network, "criterion=taylor", "stages=[train,prune]", "prune.batch_size=32")
@@ -353,7 +353,9 @@ def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("arguments", [SKELETON, SR_STE], ids=["skeleton", "sr_ste"])
+@pytest.mark.parametrize(
+    "arguments", [SKELETON, pytest.param(SR_STE, marks=pytest.mark.slow)], ids=["skeleton", "sr_ste"]
+)
 def test_learned_masks_in_two_processes_are_found_by_one(tmp_path, arguments):
     arguments = (*arguments, "device=cpu", "latency=false", "threads=1")
     process = torchrun(tmp_path, *arguments)

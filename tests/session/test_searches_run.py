@@ -45,7 +45,7 @@ def test_what_a_search_leaves_reloads_in_another_process(prune, shrink_every):
     assert f"{row.acc1:.2f}" in again.out
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_killed_in_a_search_that_shrinks_the_same_command_goes_on(prune, spawn, workplace):
     arguments = (*NETADAPT, "+schedule.shrink_every=1")
     calm = prune(*arguments)

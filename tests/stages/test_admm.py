@@ -133,7 +133,7 @@ LONG = (
 )  # fmt: skip
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_kill_nine_then_the_same_command_ends_with_the_same_bytes(prune, spawn, workplace):
     calm = prune(*LONG)
     assert calm.code == 0, calm.err
@@ -149,7 +149,7 @@ def test_kill_nine_then_the_same_command_ends_with_the_same_bytes(prune, spawn, 
     assert (folder_of(out) / "prune" / "admm.csv").read_bytes() == table
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_two_processes_agree_on_every_projection(tmp_path):
     process = torchrun(tmp_path, *NET, *SHORT, "granularity=pattern", "granularity.ratio=0.75")
     out, err = process.communicate(timeout=300)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prune_cli.errors import SurgeryError
+from prune_cli.structure import slicing
 from prune_cli.structure.follow import analyse
 from tests.structure.networks import NETWORKS, Biased, Body, Parts, conv, example, halve, parameters, randomise
 
@@ -79,7 +80,11 @@ def test_sizes_of_a_split_that_a_module_stores_follow() -> None:
 
 
 @pytest.mark.parametrize("ran", [False, True])
-def test_caches_are_computed_again(ran: bool) -> None:
+@pytest.mark.parametrize("restores", [False, True])
+def test_caches_are_computed_again(ran: bool, restores: bool, monkeypatch) -> None:
+    """Also of a class that copies itself, which all do once a library has given modules a `__getstate__` of its own."""
+    if restores:
+        monkeypatch.setattr(slicing, "_restores", lambda kind: True)
     model, inputs = randomise(Biased()), example(2, 3)
     if ran:
         model(inputs)
