@@ -37,9 +37,8 @@ def main() -> None:
     parser.add_argument("other", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--jobs", type=int)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    given = parser.parse_args()
-    arguments = given.arguments[1:] if given.arguments[:1] == ["--"] else given.arguments
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given, arguments = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     checkouts = {"this": HERE, "other": given.other.resolve()}
     with tempfile.TemporaryDirectory() as scratch:
         places = dict(checkouts)
