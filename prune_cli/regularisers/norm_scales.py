@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from prune_cli.errors import ConfigError
 from prune_cli.regularisers.penalty import Norms, Penalty
 from prune_cli.structure.follow import analyse
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from prune_cli.training.batch_norm import BATCH_NORMS
 
 
 def norm_scales(

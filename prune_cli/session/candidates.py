@@ -21,8 +21,7 @@ from prune_cli.selection.select import Selection, chosen, keep_counts, ordered
 from prune_cli.session.learning import EVALUATION_BATCH
 from prune_cli.session.session import Session
 from prune_cli.structure.modes import evaluating
-from prune_cli.training.batch_norm import recalibrate_bn
-from prune_cli.training.distributed import BATCH_NORMS
+from prune_cli.training.batch_norm import has_statistics, recalibrate_bn
 from prune_cli.training.fit import Progress
 
 log = logging.getLogger(__name__)
@@ -180,7 +179,7 @@ class _Trial:
             )
             if own is not None and isinstance(loss, nn.Module):
                 loss.load_state_dict(own)
-        elif any(isinstance(module, BATCH_NORMS) and module.track_running_stats for module in model.modules()):
+        elif has_statistics(model):
             calibration = session.calibration
             recalibrate_bn(model, session.state.data.calibration(calibration.images, calibration.batch_size))
 

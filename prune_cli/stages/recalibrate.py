@@ -9,8 +9,7 @@ from pydantic import Field
 from prune_cli.errors import ConfigError
 from prune_cli.pipeline.stage import Stage
 from prune_cli.pipeline.state import Outcome, State
-from prune_cli.regularisers.norm_scales import BATCH_NORMS
-from prune_cli.training.batch_norm import recalibrate_bn
+from prune_cli.training.batch_norm import has_statistics, recalibrate_bn
 from prune_cli.training.fit import BatchSize
 
 
@@ -20,7 +19,7 @@ def check(state: State) -> None:
     Raises:
         ConfigError: there is nothing to estimate.
     """
-    if not any(isinstance(module, BATCH_NORMS) and module.track_running_stats for module in state.model.modules()):
+    if not has_statistics(state.model):
         raise ConfigError(
             f"{state.stage}: model={state.architecture.name} has no batch norms with running statistics; "
             "leave the stage out (stages=[...])"

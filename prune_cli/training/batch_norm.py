@@ -12,6 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from prune_cli.errors import DataError
 from prune_cli.structure.modes import evaluating
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether any batch norm of a network keeps running statistics."""
+    return any(isinstance(module, BATCH_NORMS) and module.track_running_stats for module in model.modules())
+
 
 def recalibrate_bn(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
     """Replaces the running statistics of every batch norm by their mean over `batches` of training images.

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prune_cli.errors import ConfigError
+from prune_cli.training.batch_norm import BATCH_NORMS
 
 PATIENCE = timedelta(minutes=30)  # for a rank that works on something alone
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
