@@ -9,6 +9,7 @@ import pytest
 
 from prune_cli.cli import COMMANDS
 from prune_cli.config.locations import GROUPS, description, options
+from tests.conftest import ROOT
 
 QUICK = ("recipe=quickstart", "limit_batches=1", "train.epochs=1", "finetune.epochs=1", "latency=false")
 
@@ -20,8 +21,6 @@ def test_help_and_list_never_import_torch_or_hydra(workplace):
         "loaded = {'torch', 'hydra', 'omegaconf', 'pandas'} & set(sys.modules)\n"
         "assert not loaded, loaded"
     )
-    from tests.conftest import ROOT
-
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in COMMANDS)
@@ -205,3 +204,16 @@ def test_completion_offers_groups_and_options(spawn):
     out, err = process.communicate(timeout=60)
     assert "criterion=l1" in out, err
     assert "criterion=l2" in out
+
+
+def test_digits_are_read_without_loading_scikit_learn() -> None:
+    """It takes seconds to import, in every command."""
+    code = (
+        "import sys\n"
+        "from prune_cli.cli import dispatch\n"
+        "dispatch(['show', 'recipe=quickstart'])\n"
+        "print('sklearn' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
