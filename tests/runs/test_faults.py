@@ -83,8 +83,8 @@ LEARNED = {
 }  # fmt: skip
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("stage", [pytest.param("sr_ste", marks=pytest.mark.slow), "skeleton"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sr_ste", "skeleton"])
 def test_kill_nine_while_masks_are_learned_and_while_what_is_left_trains_on(spawn, tmp_path_factory, stage):
     command = (
         *LEARNED[stage], "finetune.epochs=8", "finetune.fit.checkpoint_seconds=0", "deterministic=true", "device=cpu",

@@ -189,7 +189,7 @@ def test_two_gloo_processes_have_the_loss_curve_of_one(tmp_path):
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9, abs=1e-14)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_two_gloo_processes_learn_from_a_teacher_as_one_does(tmp_path):
     two_processes(
         tmp_path,
@@ -332,7 +332,7 @@ def learned(world: World, method: str) -> dict[str, list]:
     }
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["skeleton", "sr_ste"])
 def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
     out = two_processes(
@@ -352,10 +352,8 @@ def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
     assert 0 < sum(kept) < len(kept)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize(
-    "arguments", [SKELETON, pytest.param(SR_STE, marks=pytest.mark.slow)], ids=["skeleton", "sr_ste"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [SKELETON, SR_STE], ids=["skeleton", "sr_ste"])
 def test_learned_masks_in_two_processes_are_found_by_one(tmp_path, arguments):
     arguments = (*arguments, "device=cpu", "latency=false", "threads=1")
     process = torchrun(tmp_path, *arguments)
