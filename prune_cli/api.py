@@ -22,7 +22,7 @@ from prune_cli.config.locations import options
 from prune_cli.config.nodes import resolve
 from prune_cli.criteria.criterion import Criterion, LayerView
 from prune_cli.criteria.scoring import view_of
-from prune_cli.criteria.statistics import Statistics, collect
+from prune_cli.criteria.statistics import Loss, Statistics, collect
 from prune_cli.errors import ConfigError, nearest
 from prune_cli.files import artifacts, builders, pruned
 from prune_cli.files.pruned import Record
@@ -42,7 +42,6 @@ ORIGIN = "_prune_record"
 """Attribute of a shrunk module that says where it comes from; copies of the module keep it."""
 
 Score = Callable[[LayerView], Tensor]
-Loss = Callable[[nn.Module, Any, Tensor], Tensor]
 
 
 def shrink(

@@ -1,4 +1,4 @@
-"""LayerSelector tensors of a state dict are one and the same, and a hash of them all."""
+"""Which tensors of a state dict are one and the same, and a hash of them all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LayerSelector networks prune, and exactly: one row per model, as CSV and as text.
+"""Which networks prune, and exactly: one row per model, as CSV and as text.
 
 Every family of every model loses half of its units (random scores), the final classifier stays. The small network must
 run, train one step, equal the masked dense network (norms over channels see the kept ones), and hold exactly the

@@ -25,7 +25,7 @@ from prune_cli.errors import ConfigError
 from prune_cli.structure import prunable
 from prune_cli.structure.modes import composed_attention, evaluating
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Loss = Callable[[nn.Module, Any, Tensor], Tensor]
 """(model, images, labels) -> mean loss of the batch, a scalar."""
 
 Statistics = dict[str, dict[str, Tensor]]
@@ -37,7 +37,7 @@ Sums = dict[tuple[str, Need], RunningSum]
 
 @dataclass(frozen=True)
 class Calibration:
-    """LayerSelector training images criteria see: fixed ones, classes as equal as possible, not augmented.
+    """Which training images criteria see: fixed ones, classes as equal as possible, not augmented.
 
     Attributes:
         images: how many; all there are if there are fewer.

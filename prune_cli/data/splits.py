@@ -1,4 +1,4 @@
-"""LayerSelector image goes where and when: random generators, held-out splits, balanced choices, steps and shards.
+"""Which image goes where and when: random generators, held-out splits, balanced choices, steps and shards.
 
 Everything here is a pure function of its arguments and works on indices only.
 """

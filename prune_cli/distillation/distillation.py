@@ -30,7 +30,7 @@ class Outputs:
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Loss = Callable[..., Any]
+TermLoss = Callable[..., Any]
 """Either `(student: Outputs, teacher: Outputs, labels) -> scalar`, a mean over images; or, for a term with parameters
 of its own, a class of module that is built from `(student: Outputs, teacher: Outputs)` of two blank images and then
 called like the function. Its parameters are trained along, and are not in the stage's result."""
@@ -46,7 +46,7 @@ or pairs of a student's and a teacher's name."""
 class Weighted:
     """A loss that knows how it is mixed with the labels, as where a paper has one alpha for both."""
 
-    loss: Loss
+    loss: TermLoss
     weight: float
     ce_weight: float
 
@@ -56,7 +56,7 @@ class Term:
     """What one teacher teaches.
 
     Attributes:
-        loss: see `Loss`; None teaches nothing.
+        loss: see `TermLoss`; None teaches nothing.
         teacher: `dense`, the network that entered the first pruning stage, or a path of weights or of a stage folder.
         weight: factor of the term.
         ce_weight: factor of the labels' cross entropy; only that of the distillation itself counts, not those of its
@@ -64,14 +64,14 @@ class Term:
         features: see `Features`; none are taken by default.
     """
 
-    loss: Loss | Weighted | None = None
+    loss: TermLoss | Weighted | None = None
     teacher: Literal["dense"] | Path | None = None
     weight: Weight = 1.0
     ce_weight: Weight = 1.0
     features: Features = ()
 
     @property
-    def function(self) -> Loss:
+    def function(self) -> TermLoss:
         """The loss without its weights."""
         assert self.loss is not None
         return self.loss.loss if isinstance(self.loss, Weighted) else self.loss

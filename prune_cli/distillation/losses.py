@@ -1,4 +1,4 @@
-"""Terms over logits: one function per loss, see `distillation.Loss`."""
+"""Terms over logits: one function per loss, see `distillation.TermLoss`."""
 
 from __future__ import annotations
 

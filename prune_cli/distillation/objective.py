@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli.distillation.distillation import Loss, Term
+from prune_cli.distillation.distillation import Term, TermLoss
 from prune_cli.distillation.features import Taps, looked_at, outputs, pairs
 from prune_cli.errors import ConfigError, PruneError, first_line
 
@@ -28,7 +28,7 @@ class Taught:
         names: student's module -> teacher's module, per feature.
     """
 
-    loss: Loss
+    loss: TermLoss
     weight: float
     teacher: nn.Module
     names: Mapping[str, str]

@@ -38,7 +38,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors, torch or compressed file by name, dense and contiguous on the CPU.
 
     A mapping under `state_dict`, `model_state_dict`, `model` or `net` is taken, else the only one that holds
-    tensors, and the prefixes of `DistributedDataParallel` and `torch.compile` are cut off. LayerSelector of the formats a
+    tensors, and the prefixes of `DistributedDataParallel` and `torch.compile` are cut off. Which of the formats a
     file has is seen from its content. Tied tensors of a torch file stay tied. Zipped torch files carry checksums, which
     are compared; safetensors files carry none: whoever wrote one keeps its :func:`file_sha256`.
 

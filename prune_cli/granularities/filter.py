@@ -105,7 +105,7 @@ class Filter(Units):
 
 
 def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:
-    """LayerSelector units have anything left, in any of their parameters: one bool per unit id."""
+    """Which units have anything left, in any of their parameters: one bool per unit id."""
     keep = np.zeros(plan.size, dtype=bool)
     parameters = dict(model.named_parameters())  # a tensor that layers share has one mask
     for name, axes in plan.axes.items():
@@ -202,7 +202,7 @@ def _votes(context: Context, plan: Plan, family: Family, dead: Tensor) -> tuple[
 
 
 def _alive(context: Context, plan: Plan, family: Family) -> Tensor:
-    """LayerSelector units are not masked away already, by unit id: those with a producer row that has something left."""
+    """Which units are not masked away already, by unit id: those with a producer row that has something left."""
     masked = [(name, axis) for name, axis in family.producers if name in context.masked]
     if not masked:
         return torch.ones(plan.size, dtype=torch.bool)

@@ -198,7 +198,7 @@ def _search(
     escapes: int,
     seed: int,
 ) -> np.ndarray | None:
-    """LayerSelector unit comes to the place of each unit (indices into the class), or None where nothing is gained."""
+    """Which unit comes to the place of each unit (indices into the class), or None where nothing is gained."""
     sizes: Counter[tuple[int, int]] = Counter()
     for name in group.readers:
         sizes[patterns[name]] += model.get_parameter(name).numel()

@@ -1,4 +1,4 @@
-"""LayerSelector order of columns loses least magnitude to N:M pruning (Pool and Yu, NeurIPS 2021, section 4).
+"""Which order of columns loses least magnitude to N:M pruning (Pool and Yu, NeurIPS 2021, section 4).
 
 N:M keeps the n largest of every m consecutive columns in each row, so the order decides which weights compete. `search`
 swaps columns greedily, then repartitions small windows of groups exhaustively, starting from what the swaps found.

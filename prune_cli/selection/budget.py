@@ -60,7 +60,7 @@ class Budget:
 
     @property
     def quantity(self) -> Quantity:
-        """LayerSelector key is set."""
+        """Which key is set."""
         keys: tuple[Quantity, ...] = ("macs", "params", "latency_ms")
         return next(key for key in keys if getattr(self, key) is not None)
 

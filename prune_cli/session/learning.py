@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prune_cli.criteria.statistics import Loss
 from prune_cli.errors import Interrupted
 from prune_cli.masks import Masks
 from prune_cli.measure.accuracy import accuracy
@@ -29,7 +30,7 @@ Save = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
 
 def learn(
     state: State,
-    loss: loop.Loss,
+    loss: Loss,
     *,
     epochs: int,
     until: int | None = None,
@@ -102,7 +103,7 @@ def learn(
 
 def trained(
     state: State,
-    loss: loop.Loss,
+    loss: Loss,
     *,
     epochs: int,
     training: Training,
@@ -181,7 +182,7 @@ def resumed(state: State, optimizer: OptimizerFactory, recorder: Recorder | None
     return progress
 
 
-def cross_entropy(label_smoothing: float) -> loop.Loss:
+def cross_entropy(label_smoothing: float) -> Loss:
     """The plain loss of training, without a teacher."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

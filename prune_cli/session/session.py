@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prune_cli import masks as masking
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.criteria.statistics import Calibration, Statistics, collect
+from prune_cli.criteria.statistics import Calibration, Loss, Statistics, collect
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ScheduleError, nearest
 from prune_cli.files import artifacts
@@ -104,7 +104,7 @@ class Session:
         self.came = state.lineage  # from the dense network to the one that came
         self.problem: Problem | None = None
         self.warned = False  # that scores are of training images
-        self._loss: loop.Loss | None = None
+        self._loss: Loss | None = None
         self._waiting: dict[str, Tensor] = {}  # parameters of the loss, as a checkpoint has them
         self._look_at_network()
 
@@ -262,7 +262,7 @@ class Session:
             seed=seed,
         )
 
-    def loss(self) -> loop.Loss:
+    def loss(self) -> Loss:
         """The loss of the present network; made once, as a term may have parameters that are trained along."""
         if self._loss is None:
             self._loss = teaching.objective(self.state, self.distillation, self.training.label_smoothing)

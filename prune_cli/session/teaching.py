@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from prune_cli.criteria.statistics import Loss
 from prune_cli.distillation.distillation import Distillation, Term
 from prune_cli.distillation.objective import Objective, Taught, prepared
 from prune_cli.errors import ConfigError, PruneError
 from prune_cli.pipeline.loading import load_teacher
 from prune_cli.pipeline.state import State, derive_seed
 from prune_cli.session import learning
-from prune_cli.training.fit import Loss
 
 
 def check(state: State, distillation: Distillation) -> None:

@@ -1,4 +1,4 @@
-"""LayerSelector channels depend on which, what a candidate costs, and which units to remove.
+"""Which channels depend on which, what a candidate costs, and which units to remove.
 
 `analyse` executes the network once on labels (labels.py, operators/, labeller.py), solves the equations and tries the
 plan out on a hollow small network (surgery.py does the real one). A *unit* is what lives or dies together: a set of

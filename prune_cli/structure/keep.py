@@ -1,4 +1,4 @@
-"""LayerSelector units of a plan stay: counts and lowest scores per family."""
+"""Which units of a plan stay: counts and lowest scores per family."""
 
 from __future__ import annotations
 

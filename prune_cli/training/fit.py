@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from prune_cli.criteria.statistics import Loss
 from prune_cli.data.dataset import Batches
 from prune_cli.errors import TrainingError
 from prune_cli.masks import Enforcer, Masks
@@ -30,13 +31,6 @@ BatchSize = Annotated[int, Field(ge=1)]
 
 Smoothing = Annotated[float, Field(ge=0, lt=1)]
 """Share of the target spread over all classes."""
-
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model, images, labels) -> scalar to minimise.
-
-A loss that is a module has parameters of its own: they are trained along and kept in checkpoints, but neither averaged
-over time nor selected, since no result has them. One that is a context manager is entered while a network trains.
-"""
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 LrSchedule = Callable[[float, int], float]
@@ -221,7 +215,9 @@ def fit(
     """Trains `model` in place.
 
     Args:
-        loss: called once per batch inside the chosen precision.
+        loss: called once per batch inside the chosen precision. One that is a module has parameters of its own: they are
+            trained along and kept in checkpoints, but neither averaged over time nor selected, since no result has them.
+            One that is a context manager is entered while the network trains.
         optimizer: makes the optimizer from the trainable parameters.
         lr_schedule: (epochs done, epochs) -> factor on each parameter group's learning rate.
         epochs: length of the whole training, to which the learning rate refers.

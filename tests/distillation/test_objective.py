@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prune_cli.criteria.statistics import Loss
 from prune_cli.distillation.attention_transfer import attention_transfer
 from prune_cli.distillation.distillation import Distillation, Outputs, Term
 from prune_cli.distillation.fitnet import FitNet
@@ -102,7 +103,7 @@ def test_without_features_no_module_is_hooked():
     assert not any(module._forward_hooks for model in (student, TEACHER) for module in model.modules())
 
 
-def trained(student: nn.Module, loss: loop.Loss, factory=SGD, **arguments) -> loop.Progress:
+def trained(student: nn.Module, loss: Loss, factory=SGD, **arguments) -> loop.Progress:
     return fit(student, Pictures(), loss, optimizer=factory, lr_schedule=cosine, epochs=3, **arguments)
 
 

@@ -1,4 +1,4 @@
-"""LayerSelector filters go: coupled layers that share a score, vote or stay whole, and what is said about the request."""
+"""Which filters go: coupled layers that share a score, vote or stay whole, and what is said about the request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LayerSelector rule belongs to which ATen operator; factories and writes into memory.
+"""Which rule belongs to which ATen operator; factories and writes into memory.
 
 An operator without a rule freezes every label that touches it: the fallback is less pruning, never a wrong network.
 """
