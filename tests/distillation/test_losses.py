@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +13,9 @@ from torch.nn import functional as F
 from prune_cli.distillation.attention_transfer import attention_transfer
 from prune_cli.distillation.distillation import Distillation, Outputs
 from prune_cli.distillation.fitnet import FitNet
-from prune_cli.distillation.losses import hinton
+from prune_cli.distillation.losses import dkd, hinton, soft_targets, standardised
 from prune_cli.distillation.objective import Objective, Taught
+from prune_cli.distillation.relations import angles, distances, rkd, similarity
 from prune_cli.errors import ConfigError
 
 torch.manual_seed(0)
@@ -158,3 +162,94 @@ def test_features_that_cannot_be_compared_are_refused_by_name(term):
         compare({"layer1": maps(1, 2)["layer1"]}, {"layer1": maps(1, 2)["layer1"][:, :, :2]})
     with pytest.raises(ConfigError, match="features=auto"):
         compare({}, {})
+
+
+def logits(seed: int) -> Outputs:
+    return Outputs(torch.randn(6, 5, generator=torch.Generator().manual_seed(seed)).double())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dkd_by_hand(temperature):
+    student, teacher, expected = logits(1), logits(2), 0.0
+    for image, label in enumerate(LABELS.tolist()):
+        s, t = ((outputs.logits[image] / temperature).softmax(0).tolist() for outputs in (student, teacher))
+        rest = [index for index in range(5) if index != label]
+        binary = t[label] * math.log(t[label] / s[label]) + (1 - t[label]) * math.log((1 - t[label]) / (1 - s[label]))
+        among = sum(t[i] / (1 - t[label]) * math.log((t[i] / (1 - t[label])) / (s[i] / (1 - s[label]))) for i in rest)
+        expected += (0.7 * binary + 3 * among) / 6
+    found = dkd(student, teacher, LABELS, temperature=temperature, alpha=0.7, beta=3.0)
+    assert found.item() == pytest.approx(temperature**2 * expected, rel=1e-10)
+
+
+def test_dkd_with_the_teachers_own_weights_is_soft_targets():
+    """KL = TCKD + (1 - p_target of the teacher) NCKD, image by image (eq. 6)."""
+    for image in range(6):
+        student, teacher = (Outputs(logits(seed).logits[image : image + 1]) for seed in (1, 2))
+        label = LABELS[image : image + 1]
+        rest = 1 - float((teacher.logits / 3).softmax(1)[0, label])
+        found = dkd(student, teacher, label, temperature=3.0, alpha=1.0, beta=rest)
+        torch.testing.assert_close(found, soft_targets(student, teacher, label, temperature=3.0))
+
+
+def test_standardised_logits_forget_shift_and_scale():
+    value = standardised(logits(1).logits)
+    torch.testing.assert_close(value.mean(1), torch.zeros(6).double())
+    torch.testing.assert_close(value.std(1), torch.ones(6).double(), rtol=1e-6, atol=0)
+    moved = Outputs(logits(1).logits * 7 + torch.arange(6.0)[:, None])
+    for term in (soft_targets, dkd):
+        assert term(moved, logits(1), LABELS, temperature=2.0, standardise=True) < 1e-10
+        assert term(moved, logits(1), LABELS, temperature=2.0) > 0.1
+
+
+def test_rkd_by_hand():
+    student, teacher = maps(1, 2)["layer1"].mean((2, 3)), torch.randn(6, 9).double()
+    expected = {"distance": 0.0, "angle": 0.0}
+
+    def huber(x: float) -> float:
+        return x * x / 2 if abs(x) < 1 else abs(x) - 0.5
+
+    def far(v):
+        table = [[math.dist(a, b) for b in v.tolist()] for a in v.tolist()]
+        mean = sum(map(sum, table)) / 30
+        return [[value / mean for value in row] for row in table]
+
+    def cosine(v, i: int, j: int, k: int) -> float:
+        one, other = v[i] - v[j], v[k] - v[j]
+        return 0.0 if i == j or k == j else float(one @ other / (one.norm() * other.norm()))
+
+    pairs = zip(itertools.chain(*far(student)), itertools.chain(*far(teacher)), strict=True)
+    expected["distance"] = sum(huber(a - b) for a, b in pairs) / 36
+    triples = [(i, j, k) for i in range(6) for j in range(6) for k in range(6)]
+    expected["angle"] = sum(huber(cosine(student, *t) - cosine(teacher, *t)) for t in triples) / 216
+    found = rkd(Outputs(STUDENT, {"a": maps(1, 2)["layer1"]}), Outputs(TEACHER, {"a": teacher}), LABELS)
+    assert found.item() == pytest.approx(25 * expected["distance"] + 50 * expected["angle"], rel=1e-10)
+
+
+def test_relations_have_gradients_also_between_equal_images():
+    same = torch.ones(4, 3).double().requires_grad_()
+    term = rkd(Outputs(STUDENT, {"a": same}), Outputs(TEACHER, {"a": torch.randn(4, 5).double()}), LABELS)
+    term.backward()
+    assert term.isfinite() and same.grad.isfinite().all()
+    assert not distances(same.detach()).any() and not angles(same.detach()).any()
+
+
+def test_similarity_by_hand():
+    student, teacher = maps(1, 2, 3), maps(2, 5, 7)
+    expected = 0.0
+    for name in student:
+        tables = []
+        for features in (student[name], teacher[name]):
+            flat = features.flatten(1)
+            rows = [[float(a @ b) for b in flat] for a in flat]
+            tables.append([[v / math.hypot(*row) for v in row] for row in rows])
+        expected += sum((t - s) ** 2 for a, b in zip(*tables, strict=True) for s, t in zip(a, b, strict=True)) / 36
+    found = similarity(Outputs(STUDENT, student), Outputs(TEACHER, teacher), LABELS)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("term", [rkd, similarity])
+def test_relations_do_not_see_scale_and_need_features(term):
+    student = {"a": 3 * maps(1, 2)["layer1"]}
+    assert term(Outputs(STUDENT, student), Outputs(TEACHER, {"a": maps(1, 2)["layer1"]}), LABELS) < 1e-12
+    with pytest.raises(ConfigError, match="give features=auto"):
+        term(Outputs(STUDENT), Outputs(TEACHER), LABELS)
