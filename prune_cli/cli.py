@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from prune_cli import __version__
-from prune_cli.errors import ConfigError, PruneError, StorageError, nearest
+from prune_cli.errors import ConfigError, PruneError, StorageError, nearest, shortage
 
 COMMANDS = {
     "run": "compose a recipe and run its stages; -m sweeps over comma-separated values",
@@ -38,6 +38,9 @@ examples:
 """
 
 
+MOST = 2000  # characters of a message
+
+
 def main() -> None:
     """Entry point of the `prune` command."""
     sys.exit(dispatch(sys.argv[1:]))
@@ -65,6 +68,7 @@ def dispatch(arguments: list[str]) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise ConfigError(f"there is no command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}")
+        _announce(arguments)
         command = importlib.import_module(f"prune_cli.commands.{arguments[0]}")
         return command.main(arguments[1:]) or 0
     except PruneError as error:
@@ -75,15 +79,34 @@ def dispatch(arguments: list[str]) -> int:
     except BrokenPipeError:  # `prune list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError) as error:
+        if (small := shortage(error)) is None:
+            raise
+        return _report(small, debug)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         return _report(StorageError(f"cannot read or write{where}: {error.strerror or error}"), debug)
+
+
+WITH_TORCH = ("run", "show", "evaluate", "export", "store")
+
+
+def _announce(arguments: list[str]) -> None:
+    """Says on a terminal what takes the first seconds; lets bars appear."""
+    command, *rest = arguments
+    if (command not in WITH_TORCH and "--legal" not in rest) or {"-h", "--help"} & set(rest):
+        return
+    if "torch" not in sys.modules and sys.stderr.isatty():
+        sys.stderr.write("loading torch ...\n")
+        sys.stderr.flush()
+    importlib.import_module("prune_cli.progress").enable()
 
 
 def _report(error: PruneError, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     text = " ".join(str(error).split())
+    text = text if len(text) <= MOST else f"{text[:MOST]} ..."
     sys.stderr.write(f"error: {text}\n")
     return error.exit_code
 

@@ -5,6 +5,7 @@ The message is one line: what was wrong and what would be right. Anything else t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -63,10 +64,18 @@ class Interrupted(PruneError):
     exit_code = 75
 
 
+LONGEST = 200  # characters of what a user typed that a message repeats
+
+
+def shortened(text: str) -> str:
+    """What a user typed, for a message: cut where it is very long."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Returns `"; did you mean 'a' or 'b'?"` for close names, else a list of what there is."""
     names = sorted(names)
-    close = get_close_matches(name, names, n=3, cutoff=0.55)
+    close = get_close_matches(name[:LONGEST], names, n=3, cutoff=0.55)
     if close:
         return "; did you mean " + " or ".join(repr(match) for match in close) + "?"
     return "; there is " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else ""
@@ -75,3 +84,21 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; the name of its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+SHORTAGE = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|unable to allocate|cannot allocate memory|bad_alloc"
+    r"|storage size calculation overflowed|numel: integer multiplication overflow|array is too big"
+    r"|maximum allowed dimension|invalid buffer size",
+    re.I,
+)
+
+
+def shortage(error: BaseException) -> ConfigError | None:
+    """What to say where memory is too small, or a size too large for any memory; None for other errors."""
+    if not isinstance(error, MemoryError) and not SHORTAGE.search(str(error)):
+        return None
+    return ConfigError(
+        f"not enough memory ({shortened(first_line(error))}); take smaller images (dataset.image_size), smaller batches "
+        "(STAGE.batch_size) or a smaller network"
+    )

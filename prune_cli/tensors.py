@@ -1,4 +1,4 @@
-"""Which tensors of a state dict are one and the same, and a hash of them all."""
+"""Which tensors of a state dict are one and the same, which hold no numbers, and a hash of them all."""
 
 from __future__ import annotations
 
@@ -36,6 +36,17 @@ def distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if identity is not None:
             seen.add(identity)
     return found
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of floating point tensors with a value that is infinite or no number."""
+    return [
+        name
+        for name, value in state.items()
+        if (value.is_floating_point() or value.is_complex())
+        and value.device.type != "meta"
+        and not bool(torch.isfinite(value.detach()).all())
+    ]
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:

@@ -34,4 +34,5 @@ def main(arguments: list[str]) -> int:
     target = Path("recipes/recipe") / f"{new}.yaml"
     write_text(target, known[recipe].read_text().replace(f"recipe={recipe}", f"recipe={new}"))
     sys.stdout.write(f"{target}\n")
+    sys.stderr.write(f"next: edit it, then prune show recipe={new}   or   prune run recipe={new}\n")
     return 0

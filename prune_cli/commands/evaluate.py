@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from prune_cli.compression import container
-    from prune_cli.console import count
+    from prune_cli.console import count, listen
     from prune_cli.files import pruned
     from prune_cli.files.weights import load_weights
     from prune_cli.measure import accuracy
@@ -55,6 +56,7 @@ def main(arguments: list[str]) -> int:
     from prune_cli.pipeline import loading
     from prune_cli.pipeline.store import read_checkpoint
 
+    listen(logging.INFO)
     device = pipeline.choose_device(config.get("device", "auto"))
     data = pipeline.build_data(config, device)
     if not data.sizes.get(split):

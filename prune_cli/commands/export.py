@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -51,8 +52,10 @@ def main(arguments: list[str]) -> int:
     if given.opset is not None and not given.onnx:
         raise ConfigError("prune export: --opset is for --onnx FILE, which is not given")
 
+    from prune_cli.console import listen
     from prune_cli.files import exporting
 
+    listen(logging.INFO)
     if given.onnx or given.compare:
         exporting.require_onnx()
     small, dense, shape = _networks(given.path, given.overrides)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from prune_cli.config import option_files
+from prune_cli.config import option_files, trial
+from prune_cli.config import overrides as words
 from prune_cli.config.locations import GROUPS, options, searchpath, shipped
-from prune_cli.errors import ConfigError, first_line, nearest
+from prune_cli.errors import ConfigError, first_line, nearest, shortened
 
 
 def require_recipe(overrides: list[str]) -> None:
@@ -24,7 +26,18 @@ def require_recipe(overrides: list[str]) -> None:
     known = options("recipe")
     for name in _sweep_values(chosen[-1]):
         if name not in known:
-            raise ConfigError(f"there is no recipe {name!r}{nearest(name, known)}")
+            raise ConfigError(f"there is no recipe {shortened(name)!r}{nearest(name, known)}")
+        _require_package(known[name])
+
+
+def _require_package(path: Path) -> None:
+    """Refuses a recipe whose keys would not be those of the root, but of a node `recipe`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):  # said where it is composed
+        return
+    if not any(re.match(r"#\s*@package\s+_global_\s*$", line) for line in lines):
+        raise ConfigError(f"{path}: the first line of a recipe must be '# @package _global_'")
 
 
 def _sweep_values(text: str) -> list[str]:
@@ -34,11 +47,11 @@ def _sweep_values(text: str) -> list[str]:
 def hydra_arguments(overrides: list[str]) -> list[str]:
     """The overrides plus the stages that they or their recipes name, and the user's recipe folders as Hydra's search path,
     unless one was given."""
-    overrides = [*overrides, *_named_stages(overrides)]
+    overrides = [*words.for_hydra(overrides, _references(overrides)), *_named_stages(overrides)]
     folders = searchpath()
     if not folders or any(text.startswith("hydra.searchpath=") for text in overrides):
         return overrides
-    return [*overrides, "hydra.searchpath=[" + ",".join(_quoted(f"file://{folder}") for folder in folders) + "]"]
+    return [*overrides, "hydra.searchpath=[" + ",".join(quoted(f"file://{folder}") for folder in folders) + "]"]
 
 
 def _named_stages(overrides: list[str]) -> list[str]:
@@ -64,7 +77,21 @@ def _recipe_lines(overrides: list[str]) -> Iterator[str]:
             continue
 
 
-def _quoted(text: str) -> str:
+def _references(overrides: list[str]) -> list[str]:
+    """The nodes of a recipe that are another one's whole."""
+    import yaml
+
+    found = option_files.Comments()
+    for name in [name for text in overrides if text.startswith("recipe=") for name in _sweep_values(text[7:])]:
+        try:
+            for path in option_files.files(f"recipe/{name}"):
+                found.read(path, "")
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            continue
+    return list(found.same)
+
+
+def quoted(text: str) -> str:
     """A string that Hydra's grammar of overrides reads as it is, whatever characters a path has."""
     return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"
 
@@ -86,23 +113,30 @@ def compose(overrides: list[str]) -> Composed:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
+    words.check_words(overrides)
     if GlobalHydra.instance().is_initialized():
         GlobalHydra.instance().clear()
+    given = hydra_arguments(overrides)
     try:
         with hydra.initialize_config_dir(str(shipped()), version_base="1.3"):
-            config = hydra.compose("config", hydra_arguments(overrides), return_hydra_config=True)
-        choices = {str(key): str(value) for key, value in config.hydra.runtime.choices.items()}
-        return Composed(plain(config, overrides), choices)
+            config = hydra.compose("config", given, return_hydra_config=True)
+        choices = words.choices_of(config.hydra.runtime.choices)
+        return Composed(plain(config, given, choices), choices)
     except Exception as error:
         raise translate(error, overrides) from error
 
 
-def plain(config: Any, overrides: list[str]) -> dict[str, Any]:
+def plain(config: Any, overrides: list[str], choices: Mapping[str, str]) -> dict[str, Any]:
     """A composed config as plain, resolved data, without `hydra` and without keys that no longer apply.
 
     Where the command line chooses another option of a group than the recipe, keys that the recipe set for its own
     option would be unknown to the new one (`schedule=one_shot` under a recipe with `schedule.retrain_epoch`); those
-    that the new option's files do not have, and the command line does not set, are dropped.
+    that the new option's files do not have, and the command line does not set, are dropped. Then comes what is set for
+    one stage alone (`overrides.settle`), and under `limit_batches` what makes it a trial (`trial.cut`).
+
+    Args:
+        overrides: as Hydra got them.
+        choices: as `overrides.choices_of` gives them.
     """
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
@@ -125,9 +159,12 @@ def plain(config: Any, overrides: list[str]) -> dict[str, Any]:
                 if key not in known and not set_here and group != "stage":  # stages get more keys from their defaults
                     del node[key]
     try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+        content: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise translate(error, overrides) from error
+    words.settle(content, overrides, choices)
+    trial.cut(content, choices, {words.as_written(text.split("=", 1)[0]).lstrip("+") for text in overrides})
+    return content
 
 
 def translate(error: Exception, overrides: list[str]) -> Exception:
@@ -137,24 +174,40 @@ def translate(error: Exception, overrides: list[str]) -> Exception:
         numbers = [
             key for key, _, value in (text.partition("=") for text in overrides) if not re.search("[a-zA-Z]", value)
         ]
-        return ConfigError(
-            f"{next((key for key in numbers if key in GROUPS), 'a group')}: options have names; see `prune list`"
-        )
+        named = [key for key in numbers if key in GROUPS] or [*numbers, "a group"]
+        return ConfigError(f"{shortened(named[0])}: options have names; see `prune list`")
     if module.startswith("yaml."):
         return ConfigError(f"a recipe file is no YAML: {' '.join(str(error).split())}")
     if not module.startswith(("hydra.", "omegaconf.")):
         return error
-    text = str(error)
+    text = words.as_written(str(error))
     if match := re.search(r"Could not find '([\w./-]+)/([^'/]+)'", text):
         group, name = match.groups()
-        return ConfigError(f"{group}={name}: there is no such option{nearest(name, options(group))}")
+        return ConfigError(f"{group}={shortened(name)}: there is no such option{nearest(name, options(group))}")
+    if match := re.search(r"Could not delete(?: from config)?[.:]? '?([^' ]+)'?", text):
+        return ConfigError(f"~{match.group(1)}: there is no such key or choice to take away")
+    if match := re.search(r"config group '([^']*)' does not exist", text):
+        return ConfigError(
+            f"{shortened(match.group(1))}: there is no such group of options{nearest(match.group(1), GROUPS)}"
+        )
+    if match := re.search(r"Interpolation key '([^']*)' not found.*?full_key: (\S+)", text, re.S):
+        return ConfigError(f"{match.group(2)}: there is no key {match.group(1)!r} to take the value from")
+    if match := re.search(r"Ambiguous value for argument '([^']*)'", text):
+        key, _, value = match.group(1).partition("=")
+        return ConfigError(
+            f"{key}={shortened(value)}: several values are a sweep, which needs -m; a list is written {key}=[{shortened(value)}]"
+        )
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         if "@" not in key and "/" not in key:
             return ConfigError(f"{key}: unknown key{_nearest_key(key, overrides)}")
         return ConfigError(f"{key}: there is no such group in the defaults{nearest(key, GROUPS)}")
-    if match := re.search(r"Error parsing override '([^']*)'", text):
-        return ConfigError(f"{match.group(1)!r} is not an override; write key=value, for example seed=1")
+    if type(error).__name__ == "OverrideParseException" or text.startswith("Error parsing override"):
+        wrong = shortened(words.as_written(getattr(error, "override", "") or text.splitlines()[0]))
+        return ConfigError(
+            f"{wrong!r}: the value cannot be read; put what has spaces, commas, brackets or quotes inside quotes: "
+            "'key=\"a b\"', and lists as 'key=[a,b]'"
+        )
     if match := re.search(r"Error merging override ([^=\s]+)=", text):
         reason = first_line(error.__cause__) if error.__cause__ else ""
         return ConfigError(

@@ -17,8 +17,8 @@ from typing import Any, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prune_cli.config.locations import GROUPS
-from prune_cli.errors import ConfigError, nearest
+from prune_cli.config.locations import GROUPS, options
+from prune_cli.errors import ConfigError, nearest, shortened
 
 SPECIAL = ("_target_", "_partial_")
 # Code that shipped files may name; anything else is the user's own and its source is part of the store key.
@@ -52,6 +52,21 @@ def locate(target: str, path: str) -> Callable[..., Any]:
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ConfigError(f"{path}._target_: {module_name!r} has no {attribute!r}{nearest(attribute, names)}")
     return found
+
+
+def parameters_of(function: Callable[..., Any], path: str) -> dict[str, inspect.Parameter]:
+    """The parameters of what a `_target_` names, by name.
+
+    Raises:
+        ConfigError: it does not say them, as some built-in functions.
+    """
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (ValueError, TypeError) as error:
+        name = getattr(function, "__qualname__", function)
+        raise ConfigError(
+            f"{path}._target_: {name} does not say which parameters it has; name a function of Python"
+        ) from error
 
 
 def resolve(node: Any, path: str, annotation: Any = None, runtime: Sequence[str] = ()) -> Any:
@@ -99,25 +114,53 @@ def validate(value: Any, path: str, annotation: Any) -> Any:
         ConfigError: one line with the path, what was expected and what was found.
     """
     try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        # A number that is not finite is no setting, unless the annotation says so by Field(allow_inf_nan=True).
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
     except Exception:  # pydantic refuses to hold a config for types that bring their own
+        if _dataclass_in(annotation) and value is not None:  # a mapping would have been bound, key by key
+            raise _no_option(value, path) from None
         adapter = TypeAdapter(annotation)
     try:
-        return adapter.validate_python(value)
+        found = adapter.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([path, *(str(part) for part in first["loc"] if not _is_type_name(part))])
         found = first["input"]
-        hint = ""
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden") and (
-            dataclass := _dataclass_in(annotation)
+            dataclass := _dataclass_in(annotation, deep=True)
         ):
             names = [field.name for field in dataclasses.fields(dataclass)]
-            hint = nearest(str(first["loc"][-1]), names)
-        if first["type"] in ("callable_type", "dataclass_type") and (group := where.rpartition(".")[2]) in GROUPS:
-            raise ConfigError(f"{where}: choose an option of the group {group} by {group}@{where}={found}") from error
+            where = ".".join([path, *(str(part) for part in first["loc"] if not _is_type_name(part))])
+            raise ConfigError(f"{where}: unknown key{nearest(str(first['loc'][-1]), names)}") from error
+        if first["type"] in ("callable_type", "dataclass_type") and where.rpartition(".")[2] in GROUPS:
+            raise _no_option(found, where) from error
         message = f"{first['msg'][0].lower()}{first['msg'][1:]}".replace("a valid tuple", "a list")
-        raise ConfigError(f"{where}: {message}, got {found!r}{hint}") from error
+        raise ConfigError(f"{where}: {message}, got {shortened(repr(found))}") from error
+    if flag := _flag_as_number(value, found, path):
+        raise ConfigError(f"{flag}: input should be a number, not true or false")
+    return found
+
+
+def _no_option(value: Any, path: str) -> ConfigError:
+    """What to say of a value in the place of a node: it may be meant as the name of an option."""
+    group = path.rpartition(".")[2]
+    if isinstance(value, str) and group in GROUPS:
+        return ConfigError(f"{path}={shortened(value)}: there is no such option{nearest(value, options(group))}")
+    return ConfigError(f"{path}: input should be a mapping of keys, got {shortened(repr(value))}")
+
+
+def _flag_as_number(given: Any, found: Any, path: str) -> str | None:
+    """The path of a number that was made from true or false; None where there is none."""
+    if isinstance(given, bool):
+        return path if isinstance(found, int | float) and not isinstance(found, bool) else None
+    if isinstance(given, Mapping):
+        inside = found if isinstance(found, Mapping) else getattr(found, "__dict__", {})
+        pairs = [(str(key), value, inside.get(key)) for key, value in given.items()]
+    elif isinstance(given, list | tuple) and isinstance(found, list | tuple):
+        pairs = [(str(index), *pair) for index, pair in enumerate(zip(given, found, strict=False))]
+    else:
+        return None
+    return next((flag for key, *pair in pairs if (flag := _flag_as_number(pair[0], pair[1], f"{path}.{key}"))), None)
 
 
 def _is_type_name(part: object) -> bool:
@@ -131,7 +174,7 @@ _TYPE_NAMES = frozenset({"int", "float", "str", "bool", "constrained-float", "co
 def _bind(
     function: Callable[..., Any], node: Mapping[str, Any], path: str, runtime: Sequence[str], *, partial: bool
 ) -> Any:
-    parameters = dict(inspect.signature(function).parameters)
+    parameters = parameters_of(function, path)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     hints = _hints(function)
     given = {str(key): value for key, value in node.items() if key not in SPECIAL}
@@ -192,9 +235,11 @@ def _flat_in(annotation: Any) -> Any:
     return None
 
 
-def _dataclass_in(annotation: Any) -> type | None:
+def _dataclass_in(annotation: Any, *, deep: bool = False) -> type | None:
+    """The dataclass that a type is or may be; `deep`: that it holds, as in a list of rules."""
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return annotation
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        return next((found for part in typing.get_args(annotation) if (found := _dataclass_in(part))), None)
+    if deep or typing.get_origin(annotation) in (Union, types.UnionType):
+        parts = typing.get_args(annotation)
+        return next((found for part in parts if (found := _dataclass_in(part, deep=deep))), None)
     return None

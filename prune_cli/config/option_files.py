@@ -43,9 +43,18 @@ def files(name: str) -> list[Path]:
 
 def keys(name: str) -> set[str]:
     """The keys that the files of a config set; see `files`."""
+    return set(content(name))
+
+
+def content(name: str) -> dict[str, Any]:
+    """What the files of a config set, by its keys; see `files`."""
     import yaml
 
-    return {str(key) for path in files(name) for key in yaml.safe_load(path.read_text()) or {}} - {"defaults"}
+    found: dict[str, Any] = {}
+    for path in files(name):
+        found |= {str(key): value for key, value in (yaml.safe_load(path.read_text()) or {}).items()}
+    found.pop("defaults", None)
+    return found
 
 
 @dataclass

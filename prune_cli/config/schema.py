@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from prune_cli.config.locations import options
+from prune_cli.config.locations import GROUPS, options
 from prune_cli.config.nodes import validate
 from prune_cli.errors import ConfigError, nearest
 
@@ -42,6 +42,10 @@ def check_root(config: dict[str, Any]) -> list[str]:
     for key in config:
         if key not in known and key not in nodes:
             raise ConfigError(f"{key}: unknown key{nearest(key, known | nodes)}")
+    for key in sorted(known):
+        if key not in config or (key in GROUPS and config[key] is None):
+            right = f"{key}=NAME, see `prune list {key}`" if key in GROUPS else f"{key}=VALUE"
+            raise ConfigError(f"{key}: needs a value; give {right}")
     root = {key: value for key, value in config.items() if key in known}
     for field in fields(Root):
         if field.name in root:

@@ -22,6 +22,7 @@ from prune_cli.criteria.criterion import At
 from prune_cli.criteria.needs import GradientSample, InputSample, Need, OutputSample, RunningSum
 from prune_cli.criteria.sites import LAYERS, Sites, TrackedOutput
 from prune_cli.errors import ConfigError
+from prune_cli.progress import track
 from prune_cli.structure import prunable
 from prune_cli.structure.modes import composed_attention, evaluating
 
@@ -120,7 +121,7 @@ def _add_batches(
         places = Sites()
         if watched or any(need.of_norm for _, need in sums):
             places = finding.find(model, example_inputs)
-        for images, labels in batches:
+        for images, labels in track(batches, "measuring for the criterion"):
             if watched:
                 _watch(model, images, places, at, watched)
             if sloped:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +16,17 @@ from torch import Tensor
 
 from prune_cli.data.augment import Augment, affine, draw_epoch, normalise, shift_and_flip
 from prune_cli.data.dataset import SPLITS, Batch, Shard
-from prune_cli.data.splits import balanced, check_batch, dealt, held_out_count, hold_out, shard_bounds, steps
+from prune_cli.data.splits import (
+    Amount,
+    balanced,
+    check_batch,
+    dealt,
+    evaluated_at_once,
+    held_out_count,
+    hold_out,
+    shard_bounds,
+    steps,
+)
 from prune_cli.errors import ConfigError, DataError
 
 
@@ -36,7 +47,11 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A dataset in memory; implements `dataset.Dataset`. Made by `from_arrays`."""
+    """A dataset in memory; implements `dataset.Dataset`. Made by `from_arrays`.
+
+    Attributes:
+        published: images per split of the dataset that made-up images stand in for, where that is known.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -47,6 +62,7 @@ class Data:
     augment: Augment = field(default_factory=Augment)
     split_seed: int = 0
     limit_batches: int | None = None
+    published: Mapping[str, int] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -82,6 +98,7 @@ class Data:
     def evaluation(self, split: str, batch_size: int, *, shard: Shard = (0, 1)) -> ArrayLoader:
         """The images of a split in order; see `dataset.Dataset.evaluation`."""
         check_split(self.name, split, self.splits)
+        batch_size = evaluated_at_once(batch_size, self.shape, self.limit_batches)
         check_batch(batch_size, len(self.splits[split]), shard)
         return ArrayLoader(self, self.splits[split], batch_size, shard)
 
@@ -93,7 +110,7 @@ class Data:
         return ArrayLoader(self, train.take(dealt(chosen, batch_size, self.limit_batches, shard)), batch_size, (0, 1))
 
     def limit(self, batches: int | None) -> Data:
-        """A copy that stops every epoch and evaluation after `batches` batches."""
+        """A copy that stops every epoch and evaluation after `batches` batches; one batch to evaluate on is a few images."""
         check_limit(batches)
         return replace(self, limit_batches=batches)
 
@@ -152,6 +169,25 @@ def check_split(dataset: str, split: str, there: Mapping[str, object]) -> None:
         raise ConfigError(f"{dataset} has no {split} split: hold some training images out with dataset.{split}=0.1")
 
 
+def check_memory(name: str, images: int, shape: tuple[int, int, int], value_bytes: int = 1) -> None:
+    """Refuses images that no memory of this machine holds, before they are made.
+
+    Args:
+        shape: channels, height and width of each.
+        value_bytes: of a pixel's channel while they are made.
+
+    Raises:
+        ConfigError: says how much it would be, and how much there is.
+    """
+    wanted = images * shape[0] * shape[1] * shape[2] * value_bytes
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > there:
+        raise ConfigError(
+            f"{name}: {images} images of {' x '.join(map(str, shape))} need {wanted / 1e9:,.0f} GB of memory, and this "
+            f"machine has {there / 1e9:,.0f} GB; choose smaller ones (dataset.image_size, dataset.shape) or fewer"
+        )
+
+
 def check_limit(batches: int | None) -> None:
     """Raises ConfigError unless `batches` is None or at least 1."""
     if batches is not None and batches < 1:
@@ -166,7 +202,7 @@ def from_arrays(
     classes: Sequence[str],
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    val: float | Split = 0,
+    val: Amount | Split = 0,
     split_seed: int = 0,
     augment: Augment | None = None,
 ) -> Data:

@@ -23,6 +23,7 @@ from prune_cli.data.augment import Augment
 from prune_cli.data.cifar_pickle import read_batch
 from prune_cli.data.fake import stand_in
 from prune_cli.data.normalization import Normalize, statistics
+from prune_cli.data.splits import Amount
 from prune_cli.errors import DataError, first_line
 
 _PIXELS = 3 * 32 * 32
@@ -108,7 +109,7 @@ def cifar10(
     root: str = "data",
     *,
     download: bool = False,
-    val: float = 5000,
+    val: Amount = 5000,
     split_seed: int = 0,
     crop_padding: int = 4,
     flip: bool = True,
@@ -141,7 +142,7 @@ def cifar100(
     root: str = "data",
     *,
     download: bool = False,
-    val: float = 5000,
+    val: Amount = 5000,
     split_seed: int = 0,
     crop_padding: int = 4,
     flip: bool = True,
@@ -174,7 +175,7 @@ def _cifar(
     layout: Layout,
     root: str,
     download: bool,
-    val: float,
+    val: Amount,
     split_seed: int,
     augment: Augment,
     normalisation: tuple[tuple[float, ...], tuple[float, ...]],
@@ -182,7 +183,17 @@ def _cifar(
 ) -> Data:
     if fake:
         shape = (3, 32, 32)
-        return stand_in(layout.name, shape, layout.classes, normalisation, augment, val=val, split_seed=split_seed)
+        *train_files, test_images = layout.binary_files.values()
+        return stand_in(
+            layout.name,
+            shape,
+            layout.classes,
+            normalisation,
+            augment,
+            val=val,
+            split_seed=split_seed,
+            published=(sum(train_files), test_images),
+        )
     train, test = load(layout, Path(root).expanduser(), download)
     return from_arrays(
         layout.name,

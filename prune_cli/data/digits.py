@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from prune_cli.data.arrays import Data, Split, from_arrays
+from prune_cli.data.arrays import Data, Split, check_memory, from_arrays
 from prune_cli.data.augment import Augment
 from prune_cli.data.fake import stand_in
 from prune_cli.data.normalization import Normalize, statistics
-from prune_cli.data.splits import hold_out
+from prune_cli.data.splits import Amount, hold_out
 from prune_cli.errors import ConfigError
 
+_IMAGES = 1797
 _TEST_IMAGES = 360  # of 1,797, stratified; always the same ones
 _SIZE = 8
 
@@ -28,7 +29,7 @@ def digits(
     image_size: int | None = None,
     interpolation: Literal["bilinear", "nearest"] = "bilinear",
     channels: Literal[1, 3] = 1,
-    val: float = 0.1,
+    val: Amount = 0.1,
     split_seed: int = 0,
     crop_padding: int = 0,
     flip: bool = False,
@@ -64,7 +65,11 @@ def digits(
     augment = Augment(crop_padding, flip, padding)
     if fake:
         shape = (channels, size, size)
-        return stand_in("digits", shape, classes, normalisation, augment, val=val, split_seed=split_seed)
+        known = (_IMAGES - _TEST_IMAGES, _TEST_IMAGES)
+        return stand_in(
+            "digits", shape, classes, normalisation, augment, val=val, split_seed=split_seed, published=known
+        )
+    check_memory("digits", _IMAGES, (channels, size, size), value_bytes=8)
     train, test = _load(size, interpolation, channels)
     return from_arrays(
         "digits",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 
-from prune_cli.data.arrays import Data, Split, from_arrays
+from prune_cli.data.arrays import Data, Split, check_memory, from_arrays
 from prune_cli.data.augment import Augment
 from prune_cli.data.normalization import Normalize, statistics
-from prune_cli.data.splits import generator
+from prune_cli.data.splits import Amount, generator, held_out_count
 from prune_cli.errors import ConfigError
+
+MOST_CLASSES = 100_000
 
 _GRID = 4  # cells along each side of a class's pattern
 
@@ -24,7 +27,7 @@ def fake(
     train: int = 512,
     test: int = 256,
     seed: int = 0,
-    val: float = 0.1,
+    val: Amount = 0.1,
     split_seed: int = 0,
     crop_padding: int = 4,
     flip: bool = False,
@@ -52,6 +55,8 @@ def fake(
     """
     if len(shape) != 3 or min(shape) < 1:
         raise ConfigError(f"dataset.shape={list(shape)}: give [channels, height, width]")
+    if num_classes > MOST_CLASSES:
+        raise ConfigError(f"dataset.num_classes={num_classes}: made-up images have at most {MOST_CLASSES} classes")
     return stand_in(
         "fake",
         (shape[0], shape[1], shape[2]),
@@ -72,20 +77,28 @@ def stand_in(
     normalisation: tuple[tuple[float, ...], tuple[float, ...]],
     augment: Augment,
     *,
-    val: float,
+    val: Amount,
     split_seed: int,
     sizes: tuple[int, int] = (512, 256),
     seed: int = 0,
+    published: tuple[int, int] | None = None,
 ) -> Data:
     """A made-up dataset with the name, shape and classes of a real one; `sizes` counts train and test images.
 
     A number of held-out images that was meant for the real dataset becomes a tenth of these.
+
+    Args:
+        published: train and test images of the real one.
+
+    Raises:
+        ConfigError: sizes that make no dataset, or that no memory holds.
     """
     if len(classes) < 2 or min(sizes) < 1:
         raise ConfigError(f"{name}: need at least 2 classes and 1 image per split; got {len(classes)} and {sizes}")
+    check_memory(name, sum(sizes), shape)
     patterns = generator("patterns", seed).integers(0, 128, (len(classes), shape[0], _GRID, _GRID), dtype=np.uint8)
     splits = [_split(patterns, shape, count, generator("noise", seed, split)) for split, count in enumerate(sizes)]
-    return from_arrays(
+    made = from_arrays(
         name,
         splits[0],
         splits[1],
@@ -96,6 +109,11 @@ def stand_in(
         split_seed=split_seed,
         augment=augment,
     )
+    if published is None:
+        return made
+    held = held_out_count(val, published[0], "dataset.val")
+    counts = {"train": published[0] - held, "val": held, "test": published[1]}
+    return replace(made, published={split: count for split, count in counts.items() if count})
 
 
 def _split(patterns: np.ndarray, shape: tuple[int, int, int], count: int, rng: np.random.Generator) -> Split:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 import warnings
 import zipfile
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prune_cli.errors import DataError, first_line
+from prune_cli.progress import track
 
 _log = logging.getLogger(__name__)
 
@@ -64,14 +66,15 @@ class Files:
 
 
 def scan(folder: Path) -> Files:
-    """The images in `folder`/CLASS/**, with hidden files and other kinds of file left out.
+    """The images in `folder`/CLASS/**, with hidden files and other kinds of file left out; links are followed.
 
     Raises:
-        DataError: `folder` cannot be read, has fewer than two classes, or a class without an image.
+        DataError: `folder` cannot be read, has fewer than two classes, or a class without an image; a link to a folder
+            that it is in; a pipe, socket or device with the name of an image.
     """
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-        images = [sorted(_images(folder, name)) for name in names]
+        images = [sorted(_images(folder, name, (_identity(folder),))) for name in names]
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
     paths: list[str] = []
@@ -90,17 +93,32 @@ def scan(folder: Path) -> Files:
     return Files(folder, tuple(paths), np.array(labels, np.int64), tuple(names), np.array(stamps, np.int64))
 
 
-def _images(folder: Path, below: str) -> Iterator[tuple[str, tuple[int, int]]]:
+def _identity(folder: Path) -> tuple[int, int]:
+    """What two paths to one folder share."""
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _images(folder: Path, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The images in a folder and those in it; `above`: the folders that it is in."""
+    own = _identity(folder / below)
+    if own in above:
+        raise DataError(f"{folder / below} is a link to a folder that it is in itself: remove it")
     with os.scandir(folder / below) as entries:
         for entry in entries:
             path = f"{below}/{entry.name}"
             if entry.name.startswith("."):
                 continue
+            named_image = os.path.splitext(entry.name)[1].lower() in _EXTENSIONS
             if entry.is_dir():
-                yield from _images(folder, path)
-            elif os.path.splitext(entry.name)[1].lower() in _EXTENSIONS:
-                stat = entry.stat()
-                yield path, (stat.st_size, stat.st_mtime_ns)
+                if named_image:
+                    _log.warning("%s is a folder; the images in it are taken", folder / path)
+                yield from _images(folder, path, (*above, own))
+            elif named_image:
+                found = entry.stat()
+                if not stat.S_ISREG(found.st_mode):
+                    raise DataError(f"{folder / path} is a pipe, a socket or a device, not an image: remove it")
+                yield path, (found.st_size, found.st_mtime_ns)
 
 
 def same_classes(train: Files, other: Files) -> None:
@@ -202,7 +220,8 @@ def decode(files: Files, size: int | None, channels: int, shape: tuple[int, int,
         generator=torch.Generator().manual_seed(0),  # else the global generator would move
     )
     pixels = torch.empty((len(files), *shape), dtype=torch.uint8)
-    for chunk, part in enumerate(loader):
+    chunks = -(-len(files) // _CHUNK)
+    for chunk, part in enumerate(track(loader, f"decoding {len(files)} images", chunks)):
         if isinstance(part, str):
             raise DataError(part)
         pixels[chunk * _CHUNK : (chunk + 1) * _CHUNK] = part

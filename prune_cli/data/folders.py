@@ -11,14 +11,14 @@ from typing import Literal
 
 import torch
 
-from prune_cli.data.arrays import Data, Split, from_arrays
+from prune_cli.data.arrays import Data, Split, check_memory, from_arrays
 from prune_cli.data.augment import Augment
 from prune_cli.data.dataset import SPLITS
 from prune_cli.data.fake import stand_in
 from prune_cli.data.files import Files, decode, decode_cached, read_image, same_classes, scan
 from prune_cli.data.lazy import Crops, LazyData
 from prune_cli.data.normalization import Normalize, statistics
-from prune_cli.data.splits import held_out_count, hold_out
+from prune_cli.data.splits import Amount, held_out_count, hold_out
 from prune_cli.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ def image_folder(
     *,
     image_size: int | None = None,
     channels: Literal[1, 3] = 3,
-    test: float = 0.2,
-    val: float | None = None,
+    test: Amount = 0.2,
+    val: Amount | None = None,
     split_seed: int = 0,
     crop_padding: int = 4,
     flip: bool = True,
@@ -90,6 +90,7 @@ def image_folder(
         crops = Crops(image_size, image_size, crop_range(crop_scale), flip)
         return lazy_data("image_folder", splits, channels, normalisation, crops, workers, split_seed)
     check_workers(workers)
+    check_memory(str(root), total, shape)
     images = {
         name: decode(files, image_size, channels, shape, workers)
         if cache is None
@@ -120,7 +121,7 @@ def _in_memory(
     )
 
 
-def find_splits(place: str | None, test: float, val: float | None, split_seed: int) -> dict[str, Files]:
+def find_splits(place: str | None, test: Amount, val: Amount | None, split_seed: int) -> dict[str, Files]:
     """The files of the train, perhaps val, and test splits under a folder; see `image_folder`.
 
     Raises:

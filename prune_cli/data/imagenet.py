@@ -12,8 +12,10 @@ from prune_cli.data.files import same_classes, scan
 from prune_cli.data.folders import crop_range, lazy_data
 from prune_cli.data.lazy import Crops, LazyData
 from prune_cli.data.normalization import Normalize, statistics
-from prune_cli.data.splits import held_out_count, hold_out
+from prune_cli.data.splits import Amount, held_out_count, hold_out
 from prune_cli.errors import DataError
+
+PUBLISHED = (1_281_167, 50_000)  # training and validation images of ILSVRC 2012
 
 
 def imagenet(
@@ -21,7 +23,7 @@ def imagenet(
     *,
     image_size: int = 224,
     resize: int = 256,
-    val: float = 0,
+    val: Amount = 0,
     split_seed: int = 0,
     crop_scale: Sequence[float] = (0.08, 1.0),
     flip: bool = True,
@@ -64,6 +66,7 @@ def imagenet(
             val=val,
             split_seed=split_seed,
             sizes=(256, 128),
+            published=PUBLISHED,
         )
     folder = Path(root).expanduser()
     if not (folder / "train").is_dir() or not (folder / "val").is_dir():

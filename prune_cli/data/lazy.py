@@ -21,7 +21,7 @@ from prune_cli.data.arrays import check_limit, check_split
 from prune_cli.data.augment import affine, normalise
 from prune_cli.data.dataset import Batch, Shard
 from prune_cli.data.files import Files, at_most, centre, read_image, to_pixels
-from prune_cli.data.splits import balanced, check_batch, dealt, generator, shard_bounds, steps
+from prune_cli.data.splits import balanced, check_batch, dealt, evaluated_at_once, generator, shard_bounds, steps
 from prune_cli.errors import ConfigError, DataError
 
 _RATIO = (3 / 4, 4 / 3)  # width over height of a random crop, before it is resized
@@ -100,6 +100,7 @@ class LazyData:
     def evaluation(self, split: str, batch_size: int, *, shard: Shard = (0, 1)) -> LazyLoader:
         """Centre crops of a split in order; see `dataset.Dataset.evaluation`."""
         check_split(self.name, split, self.splits)
+        batch_size = evaluated_at_once(batch_size, self.shape, self.limit_batches)
         check_batch(batch_size, len(self.splits[split]), shard)
         return LazyLoader(self, self.splits[split], batch_size, shard)
 
@@ -111,7 +112,7 @@ class LazyData:
         return LazyLoader(self, train.take(dealt(chosen, batch_size, self.limit_batches, shard)), batch_size, (0, 1))
 
     def limit(self, batches: int | None) -> LazyData:
-        """A copy that stops every epoch and evaluation after `batches` batches."""
+        """A copy that stops every epoch and evaluation after `batches` batches; one batch to evaluate on is a few images."""
         check_limit(batches)
         return replace(self, limit_batches=batches)
 

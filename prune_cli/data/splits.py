@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from fractions import Fraction
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from prune_cli.data.dataset import Shard
 from prune_cli.errors import ConfigError
@@ -20,13 +22,19 @@ def generator(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
 
 
+Amount = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)]
+"""How much is held out: a fraction in [0, 1), or a whole number of images."""
+
+
 def held_out_count(amount: float, total: int, key: str) -> int:
     """How many of `total` images are held out: a fraction in [0, 1), or from 1 on a whole number of images.
+
+    A number written with a point is a fraction: 1.0 would be all images, and is refused.
 
     Raises:
         ConfigError: naming `key`, if `amount` is neither, or would leave nothing to train on.
     """
-    if not amount >= 0 or (amount >= 1 and amount != int(amount)):
+    if not amount >= 0 or (amount >= 1 and (isinstance(amount, float) or amount != int(amount))):
         raise ConfigError(f"{key}={amount}: give a fraction in [0, 1) or a whole number of images")
     count = int(amount) if amount >= 1 else int(Fraction(str(amount)) * total)
     if count >= total:
@@ -105,6 +113,16 @@ def check_batch(batch_size: int, total: int, shard: Shard) -> None:
             f"batch_size={batch_size} leaves a batch of {smallest} of {total} images for {world} processes: "
             "choose another batch size"
         )
+
+
+TRIAL_VALUES = 700_000  # of the images of one evaluation, where a recipe is only tried: four of 3 x 224 x 224
+
+
+def evaluated_at_once(batch_size: int, shape: tuple[int, int, int], limit: int | None) -> int:
+    """The batch size of an evaluation: `batch_size`, or a few images where `limit` is a single batch."""
+    if limit != 1:
+        return batch_size
+    return max(1, min(batch_size, TRIAL_VALUES // (shape[0] * shape[1] * shape[2])))
 
 
 def steps(total: int, batch_size: int, limit: int | None) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prune_cli.errors import DataError
+from prune_cli.progress import track
 from prune_cli.structure.modes import evaluating
 
 
@@ -57,7 +58,7 @@ def accuracy(
     correct = correct5 = total = 0
     loss_sum = 0.0
     with evaluating(model), torch.no_grad():
-        for images, target in batches:
+        for images, target in track(batches, "evaluating"):
             if len(target) == 0:
                 continue
             target = target.to(device, non_blocking=True)

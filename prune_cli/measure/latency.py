@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prune_cli.progress import track
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -60,7 +62,7 @@ def latency(
     times = []
     try:
         with torch.inference_mode():
-            for step in range(warmup + max(1, repeats)):
+            for step in track(range(warmup + max(1, repeats)), f"timing batches of {len(batch)}"):
                 synchronise(place)
                 start = time.perf_counter()
                 twin(example)

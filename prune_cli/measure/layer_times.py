@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.measure.latency import synchronise
+from prune_cli.progress import busy
 from prune_cli.structure import modes
 
 SECONDS = 0.5  # of layer timing per width, about
 WARMUP, LEAST, MOST = 3, 5, 25  # forward passes
 
 
+@busy("timing layers")
 def layer_times(model: nn.Module, image: Tensor, names: list[str]) -> dict[str, float]:
     """Median milliseconds that each named module takes itself, without the named modules inside it.
 

@@ -90,6 +90,19 @@ def check_runs(model_name: str, model: nn.Module, in_shape: tuple[int, int, int]
         model.train(training)
 
 
+NEW = "__new_layers__"
+
+
+def mark_new(model: nn.Module, names: Sequence[str]) -> None:
+    """Notes which modules of a pretrained network have fresh weights, for `new_layers`."""
+    setattr(model, NEW, tuple(names))
+
+
+def new_layers(model: nn.Module) -> tuple[str, ...]:
+    """The modules of a pretrained network that its builder gave fresh weights, such as a head for other classes."""
+    return getattr(model, NEW, ())
+
+
 def set_in_channels(model: nn.Module, channels: int) -> None:
     """Replaces the first convolution in place by a new one for `channels` channels, otherwise alike."""
     name, conv = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))

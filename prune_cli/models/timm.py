@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from prune_cli.errors import CheckpointError, ConfigError, first_line, nearest
-from prune_cli.models.arguments import check_classes_and_shape, check_runs
+from prune_cli.models.arguments import check_classes_and_shape, check_runs, mark_new
 
 
 def timm(*, num_classes: int, in_shape: tuple[int, int, int], name: str, pretrained: bool = False) -> nn.Module:
@@ -40,7 +40,7 @@ def timm(*, num_classes: int, in_shape: tuple[int, int, int], name: str, pretrai
     if not pretrained:
         return model
     try:
-        return library.create_model(name, pretrained=True, **arguments)
+        model = library.create_model(name, pretrained=True, **arguments)
     except (OSError, RuntimeError, ValueError) as error:
         reason = first_line(error)
         where = getattr(defaults, "hf_hub_id", None) or getattr(defaults, "url", None) or name
@@ -48,6 +48,10 @@ def timm(*, num_classes: int, in_shape: tuple[int, int, int], name: str, pretrai
             f"no pretrained weights of {name} ({reason}): get the file of {where} and give model.weights=PATH"
             " with model.pretrained=false"
         ) from error
+    head = getattr(defaults, "classifier", None)
+    if head and getattr(defaults, "num_classes", num_classes) != num_classes:
+        mark_new(model, [head] if isinstance(head, str) else list(head))
+    return model
 
 
 def _created(library: Any, name: str, arguments: dict[str, Any], inputs: str) -> nn.Module:

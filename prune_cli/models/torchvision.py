@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torchvision import models as zoo
 from prune_cli.errors import CheckpointError, ConfigError, first_line, nearest
 from prune_cli.files.fitting import fit_weights
 from prune_cli.files.weights import read_state_dict
-from prune_cli.models.arguments import check_classes_and_shape, check_runs, set_in_channels
+from prune_cli.models.arguments import check_classes_and_shape, check_runs, mark_new, set_in_channels
 
 _AUXILIARY = re.compile(r"(AuxLogits|aux1|aux2)\.")
 # densenets were saved when module names could hold a dot: denselayer1.norm.1 is now denselayer1.norm1
@@ -91,14 +92,20 @@ def _load_pretrained(model: nn.Module, weights: Any, num_classes: int) -> None:
     trained_classes = len(weights.meta["categories"])
     own = model.state_dict()
     state: dict[str, Tensor] = {}
+    fresh: dict[str, None] = {}
     path = _downloaded(weights.url)
     for key, tensor in read_state_dict(path).items():
         key = _DOTTED.sub(r"\1\2", key)
         if _AUXILIARY.match(key):
             continue
         is_old_head = key in own and tensor.shape[:1] == (trained_classes,) and own[key].shape[:1] == (num_classes,)
-        state[key] = own[key] if is_old_head and tensor.shape != own[key].shape else tensor
+        if is_old_head and tensor.shape != own[key].shape:
+            state[key], fresh[key.rpartition(".")[0]] = own[key], None
+        else:
+            state[key] = tensor
     fit_weights(model, state, str(path))
+    if fresh:
+        mark_new(model, list(fresh))
 
 
 def _downloaded(url: str) -> Path:
@@ -109,7 +116,7 @@ def _downloaded(url: str) -> Path:
     match = re.search(r"-([0-9a-f]{8,})\.", path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), match.group(1) if match else None, progress=False)
+        torch.hub.download_url_to_file(url, str(path), match.group(1) if match else None, progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash is another one
         reason = first_line(error)
         raise CheckpointError(f"no pretrained weights ({reason}): put {url} at {path}") from error

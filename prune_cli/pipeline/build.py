@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 
 from prune_cli.config.content import content_key
-from prune_cli.config.nodes import resolve
+from prune_cli.config.nodes import resolve, validate
 from prune_cli.config.schema import check_root
 from prune_cli.console import Console
 from prune_cli.data.dataset import Dataset
-from prune_cli.errors import ConfigError, first_line
+from prune_cli.errors import CheckpointError, ConfigError, first_line
 from prune_cli.files.weights import load_weights
+from prune_cli.models.arguments import new_layers
 from prune_cli.pipeline.checks import check_stage
 from prune_cli.pipeline.code import code_behind
 from prune_cli.pipeline.loading import build_architecture
@@ -29,8 +31,9 @@ from prune_cli.pipeline.stage import declaration
 from prune_cli.pipeline.state import State
 from prune_cli.pipeline.step import CHOICES, Pipeline, Step
 from prune_cli.pipeline.store import Store, key_of
-from prune_cli.tensors import state_sha256
+from prune_cli.tensors import not_finite, state_sha256
 from prune_cli.training.distributed import local_device
+from prune_cli.training.precision import has_bf16
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +54,14 @@ def build(config: dict[str, Any], choices: Mapping[str, str], console: Console, 
         config = config | {"model": config["model"] | {"pretrained": False}}
     steps = resolve_steps(order, config, choices)
     state = first_state(config, choices, console, store)
+    _warn_of_bf16(steps, state.device)
+    _warn_of_new_layers(steps, state)
     check_steps(steps, state)
     model, data = config["model"], state.data
     parts = (content_key(model), state_sha256(state.model.state_dict()), data.fingerprint, state.seed)
     root_key = key_of("", *parts, content_key(_without_place(config["dataset"])), config.get("limit_batches"))
     labels = {"seed": state.seed} | {group: choices.get(group) for group in ("recipe", "model", "dataset")}
-    trained = bool(model.get("weights")) or bool(model.get("pretrained"))
+    trained = bool(model.get("weights")) or (bool(model.get("pretrained")) and not new_layers(state.model))
     code = code_behind([model, config["dataset"]])
     return Pipeline(state, steps, root_key, labels, trained or steps[0].stage.removes, trained, code)
 
@@ -92,7 +97,9 @@ def first_state(config: Mapping[str, Any], choices: Mapping[str, str], console: 
     architecture = build_architecture(config["model"], data, choices.get("model", ""), int(config["seed"]))
     model = architecture.build()
     if weights := config["model"].get("weights"):
-        load_weights(model, Path(weights))
+        load_weights(model, validate(weights, "model.weights", Path))
+    if broken := not_finite(dict(model.named_parameters())):
+        raise CheckpointError(f"model={architecture.name}: {broken[0]} has values that are not finite numbers")
     state = State(
         model=model.to(device),
         data=data,
@@ -125,7 +132,8 @@ def _step(
     """A step from its node; `origin`: the nodes of the network and the data that it starts from."""
     run = resolve(node, stage, runtime=("state",))
     name = stage if occurrence == 1 else f"{stage}_{occurrence}"
-    used = {group: choices.get(group) if group in node else None for group in CHOICES}
+    here = {group: choices.get(f"{group}@{stage}.{group}", choices.get(group)) for group in CHOICES}
+    used = {group: name if group in node else None for group, name in here.items()}
     code = code_behind([node, *origin])
     return Step(name, run, content_key(node), used, code, declaration(run.func, run.keywords), run.keywords)
 
@@ -168,7 +176,35 @@ def _check_order(steps: Sequence[Step]) -> None:
             raise ConfigError(f"stages: {step.name} after {final.name} {why}")
 
 
-def choose_device(name: str) -> torch.device:
+def _warn_of_bf16(steps: Sequence[Step], device: torch.device) -> None:
+    names = [step.name for step in steps if step.training is not None and step.training.fit.precision == "bf16"]
+    if names and not has_bf16(device):
+        log.warning(
+            "%s: this %s has no instructions for bf16, which would be many times slower: float32 is taken; "
+            "%s.fit.precision=bf16! insists",
+            ", ".join(names), device.type, names[0],
+        )  # fmt: skip
+
+
+def _warn_of_new_layers(steps: Sequence[Step], state: State) -> None:
+    """Says that the network was not trained as a whole, and what comes of it where pruning comes first."""
+    if not (names := new_layers(state.model)):
+        return
+    consequence = ""
+    if steps[0].stage.removes:
+        consequence = (
+            f"; {steps[0].name} chooses before it was ever trained: train first, as recipe=transfer_filter does"
+        )
+    log.warning(
+        "model=%s: %s is new, as the pretrained weights are for other classes than the %d of %s%s",
+        state.architecture.name, ", ".join(names), state.data.num_classes, state.data.name, consequence,
+    )  # fmt: skip
+
+
+DEVICES = ("cuda", "mps", "cpu")
+
+
+def choose_device(name: object) -> torch.device:
     """`auto` takes cuda, then mps, then cpu.
 
     Raises:
@@ -177,10 +213,13 @@ def choose_device(name: str) -> torch.device:
     mps = torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: {name!r} is not a device; use auto, cpu, cuda or mps") from error
+    kind, _, index = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if kind not in DEVICES or (index and not re.fullmatch(r"\d{1,3}", index)) or str(name).endswith(":"):
+        raise ConfigError(f"device: {name!r} is not a device; use auto, cpu, cuda, cuda:1 or mps")
+    device = torch.device(str(name))
+    there = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 1
+    if int(index or 0) >= there:
+        raise ConfigError(f"device: there is no {name}; this machine has {kind}:0 to {kind}:{there - 1}")
     if (device.type == "cuda" and not torch.cuda.is_available()) or (device.type == "mps" and not mps):
         raise ConfigError(f"device: this machine or this build of torch has no {device.type}; use device=cpu or auto")
     return device
@@ -190,8 +229,9 @@ def _numerics(config: Mapping[str, Any]) -> None:
     if config.get("deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be reproducible
     if (threads := config.get("threads")) is not None:
-        if int(threads) < 1:
-            raise ConfigError(f"threads={threads}: must be at least 1, or null for torch's choice")
+        most = max(64, 4 * (os.cpu_count() or 1))  # thousands would need memory for their stacks, and help nobody
+        if not 1 <= int(threads) <= most:
+            raise ConfigError(f"threads={threads}: must be at least 1 and at most {most}, or null for torch's choice")
         torch.set_num_threads(int(threads))
     torch.use_deterministic_algorithms(bool(config.get("deterministic")), warn_only=False)
     torch.backends.cudnn.deterministic = bool(config.get("deterministic"))
@@ -201,6 +241,12 @@ def _numerics(config: Mapping[str, Any]) -> None:
 def build_data(config: Mapping[str, Any], device: torch.device) -> Dataset:
     """The dataset of a config, on the device, cut to `limit_batches` where that is set."""
     data: Dataset = resolve(config["dataset"], "dataset")
+    if missing := [name for name in ("limit", "to", "train", "evaluation", "sizes") if not hasattr(data, name)]:
+        target = config["dataset"].get("_target_") if isinstance(config["dataset"], Mapping) else None
+        raise ConfigError(
+            f"dataset._target_={target}: makes a {type(data).__name__}, which is no dataset: it has no {missing[0]}"
+            "; see `prune list dataset`"
+        )
     return data.limit(config.get("limit_batches")).to(device)
 
 

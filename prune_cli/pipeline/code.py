@@ -16,7 +16,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CARRIES = ("prune_cli.pipeline", "prune_cli.files", "prune_cli.commands", "prune_cli.config")
-SAYS = ("prune_cli.console", "prune_cli.signals", "prune_cli.errors", "prune_cli.__init__")
+SAYS = ("prune_cli.console", "prune_cli.progress", "prune_cli.signals", "prune_cli.errors", "prune_cli.__init__")
 MEASURES = ("prune_cli.measure.accuracy", "prune_cli.measure.cost", "prune_cli.measure.storage")
 
 _IMPORT = re.compile(r"^[ \t]*from (prune_cli[\w.]*) import (?:\(([^)]*)\)|(.*))$", re.M)

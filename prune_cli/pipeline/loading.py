@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prune_cli.config.nodes import TRUSTED, locate, resolve
+from prune_cli.config.nodes import TRUSTED, locate, parameters_of, resolve
 from prune_cli.data.dataset import Dataset
 from prune_cli.errors import ConfigError, PruneError, first_line
 from prune_cli.files import artifacts, builders, pruned
@@ -35,7 +34,7 @@ def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: 
     """
     facts = {"num_classes": data.num_classes, "in_shape": tuple(data.shape)}
     content = {key: value for key, value in node.items() if key != "weights"}
-    parameters = inspect.signature(locate(str(node.get("_target_")), "model")).parameters
+    parameters = parameters_of(locate(str(node.get("_target_")), "model"), "model")
     content |= {key: value for key, value in facts.items() if key in parameters and key not in content}
 
     def make() -> nn.Module:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from prune_cli.errors import Interrupted
+from prune_cli.errors import Interrupted, TrainingError
 from prune_cli.files import artifacts, pruned
 from prune_cli.files.artifacts import Row
 from prune_cli.files.weights import write_weights
@@ -25,9 +26,11 @@ from prune_cli.pipeline.state import Outcome, State, derive_seed
 from prune_cli.pipeline.step import CHOICES, INITIAL, Pipeline, Step
 from prune_cli.pipeline.store import Store, key_of
 from prune_cli.structure.lineage import Lineage
-from prune_cli.tensors import state_sha256
+from prune_cli.tensors import not_finite, state_sha256
 
 log = logging.getLogger(__name__)
+
+SHOWN = 8  # digits of a key in a line for the user; all of them are in results.csv
 
 
 def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> list[Row]:
@@ -48,12 +51,13 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
         )
         steps.insert(0, as_it_is)
     dense: Mapping[str, Any] | None = None
-    for step in steps:
+    for number, step in enumerate(steps, 1 if steps[0].name != INITIAL else 0):
         if state.world.any(state.interrupted()):
             raise Interrupted(f"stopped before {step.name}; the same command goes on there")
         if step.stage.removes and state.dense is None:
             state = state.evolve(dense=store.root / key)
         key, meaning = key_of(key, step.name, step.content, step.code), key_of(meaning, step.name, step.content)
+        state.console.stage(number, len(pipeline.steps))
         saved, state = _reuse_or_compute(step, state, key, meaning, store, latency)
         if not state.world.main:
             continue
@@ -94,27 +98,67 @@ def _reuse_or_compute(
     """
     world, folder = state.world, store.root / key
     if world.broadcast(store.find(key) is not None if world.main else None):
-        log.info("%s: taken from the store (%s)", step.name, key)
+        log.info("%s: taken from the store (%s)", step.name, key[:SHOWN])
         return folder, restore(folder, state)
     with store.lock(key, step.name) if world.main else nullcontext():
         if world.broadcast(store.find(key) is not None if world.main else None):
-            log.info("%s: another process has finished it (%s)", step.name, key)
+            log.info("%s: another process has finished it (%s)", step.name, key[:SHOWN])
             return folder, restore(folder, state)
         if world.main and (earlier := store.code_of(meaning)) and (modules := changed(earlier, step.code)):
             log.warning("%s: computed again, as %s changed since the stored result", step.name, ", ".join(modules))
-        log.info("%s: starting (%s)", step.name, key)
+        log.info("%s: starting (%s)", step.name, key[:SHOWN])
         began = time.monotonic()
         torch.manual_seed(derive_seed(state.seed, step.name, *([world.rank] if world.rank else [])))
         before = shrinking.expanded(state) if step.stage.reads_weights else state
+        constants = not_finite(dict(before.model.named_buffers()))  # as the masks of some attention layers
         after = step.run(before.evolve(stage=step.name, slot=store.slot(key), outcome=Outcome()))
         seconds = time.monotonic() - began
+        _require_finite(after, step.name, constants)
         if world.main:
             facts = results.measure_stage(after, seconds, latency)
+            _require_finite_loss(after, step.name, facts["loss"])
             store.put(key, functools.partial(_write, after, facts))
             store.note_code(meaning, key, step.code)
             log.info("%s: done, acc1 %.2f on the test split", step.name, facts["acc1"])
         # Go on from what was written, as a run that finds it in the store does: both then continue with the same bits.
         return folder, restore(folder, after)
+
+
+def _require_finite(state: State, stage: str, constants: Sequence[str]) -> None:
+    """Refuses to store a network that a training has broken.
+
+    Args:
+        constants: buffers that were not finite when the stage began: they are meant so.
+
+    Raises:
+        TrainingError: names the first parameter or buffer that is not finite; nothing of the stage is kept.
+    """
+    broken = [name for name in not_finite(state.model.state_dict()) if name not in constants]
+    if broken:
+        _forget(state)
+        raise TrainingError(
+            f"{stage}: {broken[0]} has values that are not finite numbers ({len(broken)} tensors have); nothing of the stage "
+            "is kept. A lower learning rate, a warm-up or gradient clipping usually helps"
+        )
+
+
+def _require_finite_loss(state: State, stage: str, loss: float) -> None:
+    """Refuses to store a network whose weights are finite numbers, but too large to compute with.
+
+    Raises:
+        TrainingError: nothing of the stage is kept.
+    """
+    if not math.isfinite(loss):
+        _forget(state)
+        raise TrainingError(
+            f"{stage}: the loss on the test split is {loss}; nothing of the stage is kept. A lower learning rate, a warm-up "
+            "or gradient clipping usually helps"
+        )
+
+
+def _forget(state: State) -> None:
+    if state.world.main:
+        state.slot.clear()
 
 
 def _write(state: State, facts: Mapping[str, Any], folder: Path) -> None:

@@ -70,7 +70,11 @@ def _plan(model: nn.Module, example_inputs: Tensor, name: str) -> Plan:
 
 
 def group_lasso(
-    model: nn.Module, example_inputs: Tensor, *, strength: Annotated[float, Field(ge=0)], alpha: float = 4.0
+    model: nn.Module,
+    example_inputs: Tensor,
+    *,
+    strength: Annotated[float, Field(ge=0)],
+    alpha: Annotated[float, Field(ge=0)] = 4.0,
 ) -> Penalty:
     """strength * sum_k gamma_k ||w[k]||^2 over the units of every family (DepGraph, arXiv:2301.12900, section 3.3).
 

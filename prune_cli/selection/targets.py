@@ -90,6 +90,10 @@ def last_matches(found: dict[str, nn.Module], rules: Sequence[Chosen], path: str
     chosen: dict[str, Chosen] = {}
     for index, rule in enumerate(rules):
         where = f"{path}[{index}]"
+        if rule.types is None and rule.names is None and rule.names_re is None:
+            raise ConfigError(
+                f"{where}: says no layer; give types, names or names_re ({{types: [default]}} is every layer)"
+            )
         matched = [name for name, module in found.items() if _matches(rule, name, module, where, found)]
         if not matched:
             raise ConfigError(f"{where}: matches no layer{_why(rule, found)}")

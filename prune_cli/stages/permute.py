@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from prune_cli.errors import ConfigError
 from prune_cli.files import artifacts
@@ -18,8 +21,8 @@ TABLE = "permutation.csv"
 log = logging.getLogger(__name__)
 
 
-def check(state: State, *, granularity: Granularity, window: int, escapes: int) -> None:
-    """Refuses a network that an earlier stage will have shrunk, and impossible windows.
+def check(state: State, *, granularity: Granularity) -> None:
+    """Refuses a network that an earlier stage will have shrunk.
 
     Raises:
         ConfigError: says which key to change.
@@ -27,12 +30,12 @@ def check(state: State, *, granularity: Granularity, window: int, escapes: int) 
     if state.shrunk_by is not None:
         raise _shrunk(state, state.shrunk_by)
     _patterns(state, granularity)
-    if window < 0 or escapes < 0:
-        raise ConfigError(f"{state.stage}: window={window} and escapes={escapes} must not be negative")
 
 
 @Stage(check=check, reads_weights=True, granularities=(NM,))
-def permute(state: State, *, granularity: Granularity, window: int, escapes: int) -> State:
+def permute(
+    state: State, *, granularity: Granularity, window: Literal[0, 8, 12], escapes: Annotated[int, Field(ge=0)]
+) -> State:
     """Reorders coupled channels so that N:M keeps more magnitude (Pool and Yu, NeurIPS 2021).
 
     What every layer keeps before and after is in permutation.csv.

@@ -26,6 +26,7 @@ from prune_cli.granularities.units import Context, Group, Units
 from prune_cli.measure import accuracy
 from prune_cli.pipeline.stage import Stage
 from prune_cli.pipeline.state import Outcome, State
+from prune_cli.progress import track
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import rank
@@ -132,7 +133,8 @@ def sensitivity(
                     yield name, candidate
 
     missing = unknown()
-    while turn := list(itertools.islice(missing, state.world.size)):
+    turns = iter(lambda: list(itertools.islice(missing, state.world.size)), [])
+    for turn in track(turns, f"{state.stage}: points"):
         for point in _evaluated(state, turn, split):
             points.append(point)
             log.debug("%s: %s without %.2f: %.2f", state.stage, point.layer, point.ratio_realised, point.acc1)

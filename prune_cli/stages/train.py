@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
+from torch import nn
 
 from prune_cli.config.locations import find_file
-from prune_cli.config.nodes import Flat, locate
-from prune_cli.errors import ConfigError
+from prune_cli.config.nodes import Flat, locate, parameters_of
+from prune_cli.errors import ConfigError, nearest
 from prune_cli.files import pruned
 from prune_cli.measure import cost
+from prune_cli.models.arguments import new_layers
 from prune_cli.pipeline.loading import build_architecture
 from prune_cli.pipeline.stage import Stage, own_epochs
 from prune_cli.pipeline.state import Architecture, State
 from prune_cli.session import learning
 from prune_cli.session.remembering import moment
+from prune_cli.structure.prunable import Target, layers
 from prune_cli.training.fit import Epochs
 from prune_cli.training.training import Training
 
 log = logging.getLogger(__name__)
+
+Only = Literal["head"] | Annotated[tuple[str, ...], Field(min_length=1)] | None
+"""Which part of a network is trained."""
 
 CFG = "cfg:"
 MOST = 2  # epochs of an equal-compute training, relative to the dense network's (arXiv:1810.05270, section 3)
@@ -37,8 +45,9 @@ def check(
     init: str | None = None,
     init_budget: Literal["epochs", "compute"] = "epochs",
     remember: tuple[str | int, ...] = (),
+    only: Only = None,
 ) -> State:
-    """Refuses moments that the training does not reach, and a cfg that does not fit the network.
+    """Refuses moments that the training does not reach, a cfg that does not fit the network, and modules that it has not.
 
     Returns:
         the state as later stages will find it: with what will be remembered, and with `init` of a network that nothing
@@ -51,6 +60,10 @@ def check(
                 f"{state.stage}.remember: {tag} comes after the end of {epochs} epochs of {steps} steps each"
             )
     state = state.evolve(remembered={**state.remembered, **{str(tag): Path() for tag in remember}})
+    if only is not None:
+        if init is not None:
+            raise ConfigError(f"{state.stage}.only={only} trains a part of the network, but init makes all of it new")
+        trained_modules(state, only)
     if init is not None:
         with torch.device("meta"):
             architecture(state, init).build()
@@ -69,6 +82,7 @@ def train(
     init: str | None = None,
     init_budget: Literal["epochs", "compute"] = "epochs",
     remember: tuple[str | int, ...] = (),
+    only: Only = None,
 ) -> State:
     """Minimises cross entropy on the training split.
 
@@ -80,18 +94,62 @@ def train(
             network has fewer MACs than the dense one, at most twice as many (Scratch-B).
         remember: moments of which a snapshot is kept, for schedules that go back to it: 0, steps as `500st`, epochs as
             `3ep`.
+        only: the modules whose weights are trained; `head` = the new layers of a pretrained network, else its last layer
+            with an output per class; None = all. Norm statistics follow the data everywhere.
     """
     if init is not None:
         dense = state
         state = _from_scratch(state, init)
         epochs = _epochs(epochs, dense, state, init_budget)
-    return learning.trained(
-        state,
-        learning.cross_entropy(training.label_smoothing),
-        epochs=epochs,
-        training=training,
-        remember=tuple(map(str, remember)),
-    )
+    with _held(state.model, None if only is None else trained_modules(state, only)):
+        return learning.trained(
+            state,
+            learning.cross_entropy(training.label_smoothing),
+            epochs=epochs,
+            training=training,
+            remember=tuple(map(str, remember)),
+        )
+
+
+def trained_modules(state: State, only: Literal["head"] | tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that `only` means.
+
+    Raises:
+        ConfigError: a module that is not there or has no weights, or a network without such a last layer.
+    """
+    modules = dict(state.model.named_modules())
+    if only == "head":
+        if names := new_layers(state.model):
+            return names
+        classes = state.data.num_classes
+        last = [name for name, module in layers(state.model).items() if Target(name, module).channels == classes]
+        if not last:
+            raise ConfigError(
+                f"{state.stage}.only=head: no layer of model={state.architecture.name} has {classes} outputs; name the "
+                f"modules: {state.stage}.only=[...]"
+            )
+        return (last[-1],)
+    for name in only:
+        if name not in modules:
+            raise ConfigError(f"{state.stage}.only: there is no module {name!r}{nearest(name, modules)}")
+        if not any(True for _ in modules[name].parameters()):
+            raise ConfigError(f"{state.stage}.only: {name} has no weights to train")
+    return tuple(only)
+
+
+@contextmanager
+def _held(model: nn.Module, only: Sequence[str] | None) -> Iterator[None]:
+    """Holds the weights outside of some modules while the context lasts; None holds nothing."""
+    free = [] if only is None else [p for name in only for p in model.get_submodule(name).parameters()]
+    kept = {id(parameter) for parameter in free}
+    held = [p for p in model.parameters() if p.requires_grad and id(p) not in kept] if only is not None else []
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 def architecture(state: State, init: str) -> Architecture:
@@ -104,7 +162,7 @@ def architecture(state: State, init: str) -> Architecture:
         raise ConfigError(f"{state.stage}.init: {init!r} is not null or cfg:PATH, such as cfg:outputs/.../pruned.yaml")
     widths = pruned.read_cfg(find_file(Path(init.removeprefix(CFG))))
     node = state.architecture.node
-    parameters = inspect.signature(locate(node["_target_"], "model")).parameters
+    parameters = parameters_of(locate(node["_target_"], "model"), "model")
     if missing := [key for key in widths if key not in parameters]:
         raise ConfigError(
             f"{state.stage}.init: model={state.architecture.name} is not built from a {missing[0]}; choose the model "

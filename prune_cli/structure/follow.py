@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from prune_cli.errors import SurgeryError
+from prune_cli.progress import busy
 from prune_cli.structure import attention, checker, slicing
 from prune_cli.structure.analysis import labelled
 from prune_cli.structure.interpreter import FROZEN_LEVEL, Example, Fallbacks, Refused, Trace
@@ -43,6 +44,7 @@ LEVELLED = {
 # ---------------------------------------------------------------------------------------------- analysis
 
 
+@busy("analysing which channels belong together")
 def analyse(model: nn.Module, example_inputs: Example) -> Plan:
     """Finds which channels of a network live and die together.
 

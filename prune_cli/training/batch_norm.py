@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_cli.errors import DataError
+from prune_cli.progress import track
 from prune_cli.structure.modes import evaluating
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -30,7 +31,7 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ..
         DataError: if there is no batch; the statistics are unchanged then.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    iterator = iter(batches)
+    iterator, length = iter(batches), getattr(batches, "__len__", None)
     first = next(iterator, None)
     if first is None:
         raise DataError("no images to recalibrate batch norms on")
@@ -42,7 +43,7 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ..
                 norm.reset_running_stats()
                 norm.momentum = None  # PyTorch's name for the cumulative average
                 norm.training = True
-            for batch in chain([first], iterator):
+            for batch in track(chain([first], iterator), "estimating norm statistics", length() if length else None):
                 model((batch if isinstance(batch, Tensor) else batch[0]).to(device, non_blocking=True))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -22,6 +22,7 @@ from prune_cli.data.dataset import Batches
 from prune_cli.errors import TrainingError
 from prune_cli.masks import Enforcer, Masks
 from prune_cli.training.distributed import ALONE, World, parallel
+from prune_cli.training.precision import has_bf16
 
 Epochs = Annotated[int, Field(ge=0)]
 """Passes over the training split."""
@@ -44,7 +45,8 @@ class Options:
     """How to train; what is trained and for how long are arguments of `fit`.
 
     Attributes:
-        precision: arithmetic of the forward pass; bf16 is autocast, weights stay float32.
+        precision: arithmetic of the forward pass; bf16 is autocast, weights stay float32. Where the device has no
+            instructions for it (`precision.has_bf16`), bf16 is float32, and bf16! is bf16 nevertheless.
         channels_last: NHWC memory layout, faster for convolutions in bf16.
         compile: run the forward pass through torch.compile.
         accumulate: batches whose gradients are averaged into one optimizer step.
@@ -57,7 +59,7 @@ class Options:
         checkpoint_seconds: least time between resumable checkpoints inside a stage.
     """
 
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Literal["float32", "bf16", "bf16!"] = "float32"
     channels_last: bool = False
     compile: bool = False
     accumulate: Annotated[int, Field(ge=1)] = 1
@@ -330,13 +332,13 @@ class _Step:
         self.device = next(iter(model.parameters())).device
         self.own = trainable(progress.loss) if progress.loss is not None else []  # outside of what averages gradients
         self.parameters = trainable(model) + self.own
+        self.lowered = options.precision == "bf16!" or (options.precision == "bf16" and has_bf16(self.device))
 
     def __call__(self, images: Tensor, labels: Tensor, last: bool) -> bool:
         """Leaves the loss in `value`; returns whether the optimizer made a step."""
         if self.options.channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        lowered = self.options.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if lowered else nullcontext():
+        with torch.autocast(self.device.type, torch.bfloat16) if self.lowered else nullcontext():
             value = self.loss(self.forward, images, labels)
         weight = self._batch_weight(len(labels)) / self.options.accumulate
         (value if weight == 1 else value * weight).backward()

@@ -34,7 +34,7 @@ def test_sweep_trains_each_dense_network_once(prune, workplace):
 
 def test_latency_is_measured_also_for_what_comes_from_the_store(prune):
     assert prune("run", *QUICK).rows.latency_ms_b1.isna().all()
-    again = prune("run", *QUICK[:-1])
+    again = prune("run", *QUICK[:-1], "latency=true")
     assert again.err.count("taken from the store") == 3
     assert (again.rows.latency_ms_b1 > 0).all()
     assert (again.rows.latency_p95_ms_b64 >= again.rows.latency_ms_b64).all()

@@ -8,6 +8,7 @@ once; `scripts/test all` runs it with every granularity.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -149,3 +150,12 @@ def test_every_criterion_with_every_granularity(short, criterion, granularity):
 def test_every_distillation(short, name):
     result = short("recipe=quickstart", f"distillation={name}")
     assert result.code == 0, result.err
+
+
+@pytest.mark.slow
+def test_the_largest_recipe_is_tried_in_a_minute_of_cpu(prune):
+    """What the documents promise of `limit_batches=1`, with the network that has the most weights and multiply-adds."""
+    began = time.process_time()
+    result = prune("run", "recipe=vgg16_imagenet_patdnn", "limit_batches=1", "dataset.fake=true", "device=cpu")
+    assert result.code == 0, result.err
+    assert time.process_time() - began < 60
