@@ -27,10 +27,10 @@ from prune_cli.errors import ConfigError, nearest
 from prune_cli.files import artifacts, builders, pruned
 from prune_cli.files.pruned import Record
 from prune_cli.granularities.filter import Filter
+from prune_cli.granularities.units import Normalize
 from prune_cli.layers.replacing import closed
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
-from prune_cli.selection.ranking import Normalize
 from prune_cli.selection.select import select
 from prune_cli.selection.targets import Rule
 from prune_cli.structure import surgery, verified
@@ -51,7 +51,7 @@ def shrink(
     *,
     criterion: str | Score | Criterion = "l1",
     scope: Literal["layer", "global"] = "layer",
-    normalize: Normalize = "none",
+    normalize: Normalize | None = None,
     min_keep: float = 0.0,
     max_ratio: float = 1.0,
     batches: Iterable[tuple[Any, Tensor]] = (),
@@ -68,7 +68,8 @@ def shrink(
         criterion: how important a channel is: an option of the command line (`l1`, `l2`, ...), or a function of a
             `LayerView` that returns scores like its weight or one per output channel; higher = keep.
         scope: `layer` removes that fraction of every coupled set of layers, `global` of all of them ranked together.
-        normalize: with scope `global`, what scores are divided by first: none, layer_mean, layer_l2 or lamp.
+        normalize: with scope `global`, what scores are divided by first: none, layer_mean, layer_l2 or lamp; None for
+            what compares channels best.
         min_keep: fraction of a layer's channels that always stays; at least one channel does.
         max_ratio: largest fraction that may go from one layer.
         batches: (inputs, target) pairs for criteria that measure something on data; a few hundred examples do. Where

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,19 +58,47 @@ class LayerView:
         return self.weight.movedim(self.axis, 0).flatten(1)
 
 
+Score = Callable[[LayerView], Tensor]
+"""LayerView -> scores, higher = keep."""
+
+Function = TypeVar("Function", bound=Score)
+
+NATURE = "__nature__"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nature:
+    """What a score function says of its numbers, and the decorator that attaches it to the function.
+
+    Attributes:
+        power: they are magnitudes to this power, |w| = 1 and w ** 2 = 2, so that what is defined for magnitudes (lamp) can
+            be computed from them; None where they are something else.
+        drawn: they are drawn, and mean nothing: a unit of any size gets one number of its own, because the sum over its
+            weights would rank units by their size.
+    """
+
+    power: int | None = None
+    drawn: bool = False
+
+    def __call__(self, function: Function) -> Function:
+        """Attaches it to a score function, as a decorator."""
+        setattr(function, NATURE, self)
+        return function
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A criterion option.
 
     Attributes:
         score: layerView -> scores, higher = keep; shaped like the weight for `element`, (channels,) for `channel`.
-            Element scores pool to coarser units by summation.
+            Element scores pool to coarser units by summation, unless they are drawn; see `Nature`.
         level: what one score stands for.
         needs: what `score` reads besides weight, bias and generator: names in `needs.NEEDS`, or entries of one's own.
         at: where outputs are measured, for the needs that are about outputs.
     """
 
-    score: Callable[[LayerView], Tensor]
+    score: Score
     level: Literal["element", "channel"] = "element"
     needs: tuple[Need | str, ...] = ()
     at: At = "post_act"
@@ -83,6 +111,11 @@ class Criterion:
     def entries(self) -> tuple[Need, ...]:
         """What `needs` names."""
         return tuple(find(need) for need in self.needs)
+
+    @property
+    def nature(self) -> Nature:
+        """What the score function says of its numbers."""
+        return getattr(getattr(self.score, "func", self.score), NATURE, None) or Nature()
 
     def reads(self, *sources: Source) -> bool:
         """Whether any of the needs comes from one of the sources."""

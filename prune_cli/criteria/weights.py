@@ -5,21 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prune_cli.criteria.criterion import LayerView
+from prune_cli.criteria.criterion import LayerView, Nature
 
 
+@Nature(power=1)
 def l1(view: LayerView) -> Tensor:
     """|w|; summed over a filter it is the filter's L1 norm (Li et al., arXiv:1608.08710, section 3.1)."""
     return view.weight.abs()
 
 
+@Nature(power=2)
 def l2(view: LayerView) -> Tensor:
     """w ** 2; summed over a filter it is the square of the filter's L2 norm, which ranks filters as the norm does."""
     return view.weight.square()
 
 
+@Nature(drawn=True)
 def random(view: LayerView) -> Tensor:
-    """Uniform numbers from the layer's own generator: the control arm of every table."""
+    """Uniform numbers from the layer's own generator, one per unit whatever its size: the control arm of every table."""
     return torch.rand(view.weight.shape, generator=view.generator).to(view.weight.device)
 
 
@@ -32,6 +35,7 @@ def fpgm(view: LayerView) -> Tensor:
     return torch.cdist(filters, filters).sum(1)
 
 
+@Nature(power=1)
 def bn_scale(view: LayerView) -> Tensor:
     """|scale| of the norm that follows (Liu et al., arXiv:1708.06519, section 3); 0 where there is none: (channels,)."""
     if view.norm is None or view.norm.scale is None:

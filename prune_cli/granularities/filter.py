@@ -41,6 +41,7 @@ class Filter(Units):
     budgets: ClassVar[tuple[str, ...]] = ("macs", "params", "latency_ms")
     coupled: ClassVar[bool] = True
     shrinks: ClassVar[bool] = True
+    has_parts: ClassVar[bool] = True
 
     reduce: Reduce = "sum"
 
@@ -90,6 +91,7 @@ class Filter(Units):
             layers=tuple(map(owner, names)),
             votes=_votes(context, plan, family, dead) if context.dependency == "union_keep" else (),
             structure=Structure(plan, family.units),
+            parts=functools.partial(_parts, context, plan, family),
         )
 
     def forms(self, model: nn.Module, ratios: Mapping[str, float | str]) -> dict[str, MaskFormat]:
@@ -174,6 +176,22 @@ def _pooled(context: Context, plan: Plan, place: Place) -> Tensor:
     weight, name, axis = place
     ids = torch.from_numpy(plan.axes[name][axis])
     return torch.zeros(plan.size, dtype=torch.double).index_add_(0, ids, _channels(context, weight, axis))
+
+
+def _parts(context: Context, plan: Plan, family: Family) -> Tensor:
+    """(members, units) scores of a family in every layer that makes its channels or reads them, where they were asked for.
+
+    Consumers count where weights have scores of their own, not where channels have.
+    """
+    units = torch.from_numpy(family.units)
+    rows = [_pooled(context, plan, place)[units] for place in _places(context, family)]
+    for name, axis in family.consumers:
+        scores = context.scores.get(name if name in context.prunable else _computed(name))
+        ids = torch.from_numpy(plan.axes[name][axis])
+        if scores is not None and scores.dim() > 1 and scores.shape[axis] == len(ids):
+            columns = scores.movedim(axis, 0).flatten(1).sum(1).double().cpu()
+            rows.append(torch.zeros(plan.size, dtype=torch.double).index_add_(0, ids, columns)[units])
+    return torch.stack(rows)
 
 
 def _reduced(members: Sequence[Tensor], family: Family, how: Reduce) -> Tensor:

@@ -27,6 +27,10 @@ FindPlan = Callable[[], Plan]
 
 Dependency = Literal["group", "union_keep", "inner_only"]
 
+Normalize = Literal["none", "layer_mean", "layer_l2", "lamp", "per_cost"]
+"""What scores are divided by before they are compared with those of other layers; see `selection.ranking.normalized`, and
+`selection.per_cost` for what a unit holds of its layers per multiply-add that it saves."""
+
 
 @dataclass(frozen=True)
 class Vote:
@@ -54,6 +58,19 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The units of a group by the output channel that they serve.
+
+    Attributes:
+        count: rows, each of equally many units.
+        positions: gives the units of every row by their index in the group: (count, n / count).
+    """
+
+    count: int
+    positions: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Group:
     """Units that compete with each other: the weights of a layer, the filters of a coupled set of layers, ...
 
@@ -67,6 +84,11 @@ class Group:
         layers: dotted names of the layers that lose these units; empty: that of `name`.
         votes: where layers decide together: a unit goes only when every channel of it is voted out.
         structure: the units in a channel plan, where removing them makes the network smaller.
+        rows: the output rows inside which units can compete; None where they cannot.
+        lines: in how many sets of equally many units they compete: 1, or the rows under scope=row.
+        comparable: scores of all groups compare as they are, so nothing normalises them.
+        parts: gives (members, n): what the units are to each layer that they run through, producers and consumers; None
+            where units lie in one layer.
     """
 
     name: str
@@ -77,6 +99,10 @@ class Group:
     layers: tuple[str, ...] = ()
     votes: tuple[Vote, ...] = ()
     structure: Structure | None = None
+    rows: Rows | None = None
+    lines: int = 1
+    comparable: bool = False
+    parts: Callable[[], Tensor] | None = None
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -146,6 +172,9 @@ class Units:
         budgets: quantities of `selection.budget.Budget` that can choose how many units go.
         coupled: whether units span several layers, so that a request for one layer concerns others.
         shrinks: whether units can be taken out of a network, not only masked.
+        compared: what makes scores of different layers comparable where a recipe does not say (scope=global).
+        has_parts: whether units run through several layers: groups then have `parts`.
+        has_rows: whether units can compete inside each output row (scope=row): groups then have `rows`.
     """
 
     name: ClassVar[str] = ""
@@ -154,6 +183,9 @@ class Units:
     budgets: ClassVar[tuple[str, ...]] = ()
     coupled: ClassVar[bool] = False
     shrinks: ClassVar[bool] = False
+    has_rows: ClassVar[bool] = False
+    compared: ClassVar[Normalize] = "layer_mean"
+    has_parts: ClassVar[bool] = False
 
     def groups(self, context: Context) -> list[Group]:
         """The groups of units with their scores."""

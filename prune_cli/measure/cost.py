@@ -27,7 +27,7 @@ class LayerCost:
     """Cost of one module for the given input: what it owns itself, not what its children own.
 
     `weight_shape` is that of its parameter `weight` (None without one), `output_shape` that of its
-    last output (empty where that is not one tensor).
+    last output (empty where that is not one tensor). `weights` are the parameters without biases.
     """
 
     name: str
@@ -36,6 +36,8 @@ class LayerCost:
     output_shape: tuple[int, ...]
     params: int
     params_nonzero: int
+    weights: int
+    weights_nonzero: int
     macs: int
     macs_nonzero: int
 
@@ -129,6 +131,8 @@ def cost(
             continue
         weight = getattr(module, "weight", None)
         macs, macs_nonzero = counter.macs.get(name, (0, 0.0))
+        nonzero = {key: _nonzero(parameters[key], key, masks) for key in names}
+        weights = [key for key in names if not key.rpartition(".")[2].endswith("bias")]
         layers.append(
             LayerCost(
                 name=name,
@@ -136,7 +140,9 @@ def cost(
                 weight_shape=tuple(weight.shape) if isinstance(weight, Tensor) else None,
                 output_shape=outputs.get(name, ()),
                 params=sum(parameters[key].numel() for key in names),
-                params_nonzero=sum(_nonzero(parameters[key], key, masks) for key in names),
+                params_nonzero=sum(nonzero.values()),
+                weights=sum(parameters[key].numel() for key in weights),
+                weights_nonzero=sum(nonzero[key] for key in weights),
                 macs=int(macs),
                 macs_nonzero=round(macs_nonzero),
             )

@@ -42,8 +42,8 @@ def measure_stage(state: State, seconds: float, latency: bool) -> dict[str, Any]
         "acc1_val": val,
         "params": cost.params,
         "params_nonzero": cost.params - removed,
-        "conv_params": sum(layer.params for layer in cost.layers if CONV in layer.kind),
-        "conv_params_nonzero": sum(layer.params_nonzero for layer in cost.layers if CONV in layer.kind),
+        "conv_weights": sum(layer.weights for layer in cost.layers if CONV in layer.kind),
+        "conv_weights_nonzero": sum(layer.weights_nonzero for layer in cost.layers if CONV in layer.kind),
         "macs": cost.macs,
         "macs_nonzero": cost.macs_nonzero,
         "bytes": cost.bytes,
@@ -167,7 +167,7 @@ def row(
     key: str,
 ) -> Row:
     params = (dense or facts)["params"]
-    of_convs = (dense or facts)["conv_params"]
+    of_convs = (dense or facts)["conv_weights"]
     nonzero, stored = facts["params_nonzero"], facts.get("bytes_stored")
     return Row(
         recipe=labels["recipe"],
@@ -183,7 +183,7 @@ def row(
         ratio_prunable=facts["ratio_prunable"],
         ratio_channels=facts.get("ratio_channels"),
         ratio_total=1 - nonzero / params,
-        ratio_conv=1 - facts["conv_params_nonzero"] / of_convs if of_convs else None,
+        ratio_conv=1 - facts["conv_weights_nonzero"] / of_convs if of_convs else None,
         sparsity=1 - nonzero / facts["params"],
         params=facts["params"],
         params_nonzero=nonzero,

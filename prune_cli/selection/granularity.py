@@ -24,6 +24,7 @@ from prune_cli.granularities.units import (
     Context,
     Dependency,
     FindPlan,
+    Normalize,
     Ratio,
     Units,
     adopted,
@@ -34,7 +35,7 @@ from prune_cli.measure.storage import MaskFormat
 from prune_cli.selection import budget as budgets
 from prune_cli.selection import targets
 from prune_cli.selection.budget import Budget
-from prune_cli.selection.ranking import Limits, Normalize, Scope
+from prune_cli.selection.ranking import Limits, Scope, laid_out
 from prune_cli.selection.targets import Rule
 from prune_cli.structure.prunable import layers, target
 
@@ -53,8 +54,9 @@ class Granularity:
         ratio: fraction of the units to remove, in [0, 1).
         rules: layers and their ratios; see `targets.Rule`. Empty: `ratio` for every layer.
         ratio_file: YAML of ratios by parameter name, instead of rules.
-        scope: rank units inside each layer, or over the whole network.
-        normalize: what scores are divided by before ranking over the whole network.
+        scope: rank units inside each layer, inside each output row of one, or over the whole network; None = over the whole
+            network where a budget lets scores be weighed against what units cost (normalize=per_cost), else each layer.
+        normalize: what scores are divided by before ranking over the whole network; None = see `normalization`.
         min_keep: fraction of a layer's units that always stays, rounded down; at least one unit does.
         max_ratio: largest fraction that may be removed from one layer, or a mapping from layer name to it.
         round_to: the units kept are rounded up to a multiple of this, at most to all that there are.
@@ -69,8 +71,8 @@ class Granularity:
     ratio: Ratio = 0.5
     rules: tuple[Rule, ...] = ()
     ratio_file: Path | None = None
-    scope: Scope = "layer"
-    normalize: Normalize = "none"
+    scope: Scope | None = None
+    normalize: Normalize | None = None
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_ratio: Part | dict[str, Part] = 1.0
     round_to: Annotated[int, Field(ge=1)] = 1
@@ -80,11 +82,32 @@ class Granularity:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "units", adopted(self.units))
+        if self.scope is None:
+            object.__setattr__(self, "scope", "global" if self._weighs_costs else "layer")
+
+    @property
+    def _weighs_costs(self) -> bool:
+        """Whether what a unit is worth can be weighed against what it saves of a budget."""
+        counted = self.budget is not None and self.budget.quantity != "latency_ms"
+        return counted and self.units.has_parts and self.dependency != "union_keep"
 
     @property
     def limits(self) -> Limits:
         """What bounds the number of units that go from one layer."""
         return Limits(self.min_keep, self.max_ratio, self.round_to)
+
+    def normalization(self, criterion: Criterion) -> Normalize:
+        """What makes scores of different layers comparable, where a recipe does not say.
+
+        Under a budget what a unit holds of its layers per multiply-add or parameter that it saves. Else sums over units of
+        several weights are divided by the layer's mean, as layers differ in how many weights a unit has; scores of whole
+        channels, as slimming's, and of single weights are compared as they are.
+        """
+        if self.normalize is not None or self.scope != "global":
+            return self.normalize or "none"
+        if self._weighs_costs:
+            return "per_cost"
+        return "none" if criterion.level == "channel" else self.units.compared
 
     def ratios(self, model: nn.Module) -> dict[str, float | str]:
         """The ratio asked of each weight, by parameter name."""
@@ -140,8 +163,7 @@ class Granularity:
             raise ConfigError(
                 "granularity.scope=global ranks all layers together: rules may exclude, but not set ratios"
             )
-        if self.scope == "layer" and self.normalize != "none":
-            raise ConfigError(f"granularity.normalize={self.normalize} compares layers; it needs scope=global")
+        self._check_scope(criterion)
         if isinstance(self.max_ratio, dict):
             found = layers(model)
             for name in self.max_ratio:
@@ -177,4 +199,25 @@ class Granularity:
         for line in self.units.explain(context, self.named(model)):
             log.warning("%s", line)
         if self.budget:
-            budgets.check_reachable(self.budget, self.units.groups(context), self.limits, model, example_inputs)
+            groups = laid_out(self.units.groups(context), self.scope)
+            budgets.check_reachable(self.budget, groups, self.limits, model, example_inputs)
+
+    def _check_scope(self, criterion: Criterion) -> None:
+        """Refuses a scope that the units do not have, and a normalisation that means nothing for it or the scores."""
+        if self.scope != "global" and self.normalize not in (None, "none"):
+            raise ConfigError(f"granularity.normalize={self.normalize} compares layers; it needs scope=global")
+        if self.scope == "row" and not self.units.has_rows:
+            raise ConfigError(
+                f"granularity.scope=row compares single weights inside each output row, not {self.units.name} units; choose "
+                "granularity=element, or scope=layer"
+            )
+        if self.normalize == "per_cost" and not self._weighs_costs:
+            raise ConfigError(
+                "granularity.normalize=per_cost weighs channels against what they save of a budget; it needs "
+                "granularity=filter, granularity.budget={macs: ...} or {params: ...}, and dependency=group or inner_only"
+            )
+        if self.normalize == "lamp" and criterion.nature.power is None and not criterion.nature.drawn:
+            raise ConfigError(
+                "granularity.normalize=lamp is defined for magnitudes, which this criterion's scores are not; choose "
+                "criterion=l1, l2 or bn_scale, or normalize=layer_mean"
+            )

@@ -15,16 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prune_cli.granularities.units import Group
+from prune_cli.granularities.units import Group, Normalize
 from prune_cli.structure.keep import removed
 
-Scope = Literal["layer", "global"]
-Normalize = Literal["none", "layer_mean", "layer_l2", "lamp"]
+Scope = Literal["layer", "row", "global"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds the number of units that go from one group.
+    """What bounds the number of units that go from one group, or from each line of one.
 
     Attributes:
         min_keep: fraction of the units that always stays, rounded down, at least one unit.
@@ -39,8 +38,8 @@ class Limits:
     round_to: int = 1
 
     def cap(self, group: Group) -> int:
-        """Units that may go, before rounding."""
-        size = group.scores.numel()
+        """Units that may go from each line, before rounding."""
+        size = group.scores.numel() // group.lines
         floor = max(1, removed(self.min_keep, size))
         return max(0, min(size - floor, removed(self._largest(group), size)))
 
@@ -50,9 +49,11 @@ class Limits:
         names = group.layer_names
         return min((self.max_ratio[name] for name in names if name in self.max_ratio), default=1.0)
 
-    def rounded(self, size: int, count: int) -> int:
-        """How many of `size` units go when `count` were to go and the rest is rounded up."""
-        return size - min(size, -(-(size - count) // self.round_to) * self.round_to)
+    def bounded(self, group: Group, count: int | None = None) -> int:
+        """How many units go from a group when so many were to go; None: the most that ever may."""
+        size, cap = group.scores.numel() // group.lines, self.cap(group)
+        gone = cap if count is None else min(count // group.lines, cap)
+        return group.lines * (size - min(size, -(-(size - gone) // self.round_to) * self.round_to))
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,7 @@ class Ranking:
 
     def counts(self, share: Fraction) -> list[int]:
         """Units to remove from each group, with floors, caps and rounding."""
-        return [
-            self.limits.rounded(group.scores.numel(), min(count, self.limits.cap(group)))
-            for group, count in zip(self.groups, self.asked(share), strict=True)
-        ]
+        return [self.limits.bounded(group, count) for group, count in zip(self.groups, self.asked(share), strict=True)]
 
     def keep(self, counts: Sequence[int]) -> list[Tensor]:
         """One bool vector per group, True = keep, without the first `counts[i]` units of its order."""
@@ -93,7 +91,7 @@ class Ranking:
 
     def bound(self, share: Fraction) -> list[str]:
         """Names of the groups from which more would go, were it not for a floor or cap."""
-        caps = [self.limits.cap(group) for group in self.groups]
+        caps = [group.lines * self.limits.cap(group) for group in self.groups]
         if not self.values:
             pairs = zip(self.groups, self.asked(share), caps, strict=True)
             return [group.name for group, count, cap in pairs if count > cap]
@@ -110,7 +108,7 @@ class Ranking:
 
 def smallest(groups: Sequence[Group], limits: Limits) -> list[int]:
     """The most units that may ever go from each group."""
-    return [limits.rounded(group.scores.numel(), limits.cap(group)) for group in groups]
+    return [limits.bounded(group) for group in groups]
 
 
 def even(groups: Sequence[Group]) -> list[Group]:
@@ -120,31 +118,48 @@ def even(groups: Sequence[Group]) -> list[Group]:
     ]
 
 
+def laid_out(groups: Sequence[Group], scope: Scope | None) -> list[Group]:
+    """The groups in the lines in which their units compete under a scope: rows, or whole groups."""
+    return [replace(group, lines=group.rows.count if scope == "row" and group.rows else 1) for group in groups]
+
+
 def rank(
-    groups: Sequence[Group], scope: Scope, normalize: Normalize, limits: Limits, *, never_empty: bool = False
+    groups: Sequence[Group],
+    scope: Scope,
+    normalize: Normalize,
+    limits: Limits,
+    *,
+    power: int = 1,
+    never_empty: bool = False,
 ) -> Ranking:
     """Sorts the units of every group by score, ties by index.
 
     Args:
         groups: all with votes or all without.
-        scope: ratios refer to each group (or voting layer) by itself, or to all units (or voting channels) together.
+        scope: ratios refer to each output row, to each group (or voting layer) by itself, or to all units (or voting
+            channels) together.
         normalize: what makes scores of different layers comparable, for scope=global.
+        power: scores are magnitudes to this power; see `normalized`.
         never_empty: for scope=global: ranking stops as a whole where the first group would lose its last unit.
     """
-    found = tuple(groups)
+    found = tuple(laid_out(groups, scope))
     if any(group.votes for group in found):
-        return _by_votes(found, scope, normalize, limits)
-    orders = tuple(torch.sort(group.scores.flatten(), stable=True).indices.cpu().numpy() for group in found)
+        return _by_votes(found, scope, normalize, limits, power)
+    orders = tuple(_order(group) for group in found)
     sizes = [group.scores.numel() for group in found]
-    if scope == "layer" or not found:
+    if scope != "global" or not found:
         ratios = [Fraction(str(group.ratio)) for group in found]
+        lengths = [size // group.lines for group, size in zip(found, sizes, strict=True)]
 
         def each(share: Fraction) -> list[int]:
-            return [removed(ratio * share, size) for ratio, size in zip(ratios, sizes, strict=True)]
+            return [
+                group.lines * removed(ratio * share, length)
+                for group, ratio, length in zip(found, ratios, lengths, strict=True)
+            ]
 
-        return Ranking(found, limits, orders, each, max(sizes, default=1) ** 2)
+        return Ranking(found, limits, orders, each, max(lengths, default=1) ** 2)
     values = tuple(
-        normalized(group.scores.flatten(), normalize).cpu()[torch.from_numpy(order)]
+        _compared(group, normalize, power).cpu()[torch.from_numpy(order)]
         for group, order in zip(found, orders, strict=True)
     )
     caps = [limits.cap(group) for group in found]
@@ -159,6 +174,20 @@ def rank(
     return Ranking(found, limits, orders, together, total, values)
 
 
+def _order(group: Group) -> np.ndarray:
+    """The units from the lowest score up; of lines the lowest of each first, then the second lowest, and so on."""
+    scores = group.scores.flatten()
+    if group.lines == 1 or group.rows is None:
+        return torch.sort(scores, stable=True).indices.cpu().numpy()
+    rows = group.rows.positions().to(scores.device)
+    return rows.gather(1, torch.sort(scores[rows], dim=1, stable=True).indices).t().flatten().cpu().numpy()
+
+
+def _compared(group: Group, normalize: Normalize, power: int) -> Tensor:
+    """A group's scores as they are compared with those of other groups."""
+    return normalized(group.scores.flatten(), "none" if group.comparable else normalize, power)
+
+
 def _queues(values: Sequence[Tensor]) -> list[np.ndarray]:
     """Per group, the positions of its ascending values in the common ascending order; ties by group, then index."""
     joined = torch.cat(list(values))
@@ -167,7 +196,7 @@ def _queues(values: Sequence[Tensor]) -> list[np.ndarray]:
     return np.split(position, np.cumsum([len(value) for value in values])[:-1])
 
 
-def _by_votes(groups: tuple[Group, ...], scope: Scope, normalize: Normalize, limits: Limits) -> Ranking:
+def _by_votes(groups: tuple[Group, ...], scope: Scope, normalize: Normalize, limits: Limits, power: int) -> Ranking:
     """Every layer votes for the lowest of its own channels, or all together; a unit goes when all its channels do."""
     offsets = np.cumsum([0, *(group.scores.numel() for group in groups)])
     votes = [(vote, offset) for group, offset in zip(groups, offsets, strict=False) for vote in group.votes]
@@ -177,9 +206,10 @@ def _by_votes(groups: tuple[Group, ...], scope: Scope, normalize: Normalize, lim
     scores = torch.cat([vote.scores.double().cpu() for vote, _ in votes])
     ratios = [next(Fraction(str(vote.ratio)) for vote, _ in votes if vote.layer == name) for name in names]
     if scope == "global":
+        how: Normalize = "none" if all(group.comparable for group in groups) else normalize
         for index in range(len(names)):
             mine = torch.from_numpy(layer == index)
-            scores[mine] = normalized(scores[mine], normalize).double()
+            scores[mine] = normalized(scores[mine], how, power).double()
         layer, ratios = np.zeros_like(layer), ratios[:1]
     sizes = np.bincount(layer)
     place = np.empty(len(layer), dtype=np.int64)  # rank of a channel among those of its layer
@@ -204,11 +234,14 @@ def _by_votes(groups: tuple[Group, ...], scope: Scope, normalize: Normalize, lim
     return Ranking(groups, limits, orders, asked, int(np.max(sizes) if scope == "global" else np.max(sizes) ** 2))
 
 
-def normalized(scores: Tensor, how: Normalize) -> Tensor:
+def normalized(scores: Tensor, how: Normalize, power: int = 1) -> Tensor:
     """Scores of one layer made comparable with other layers'; all four keep the order inside the layer.
 
-    lamp divides each score's square by the sum of the squares that are not smaller (arXiv:2010.07611, eq. 4), so
+    lamp divides each magnitude's square by the sum of the squares that are not smaller (arXiv:2010.07611, eq. 4), so
     every layer's largest is 1.
+
+    Args:
+        power: the scores are magnitudes to this power.
     """
     if how == "layer_mean":
         return scores / scores[scores.isfinite()].abs().mean().clamp_min(1e-30)
@@ -216,7 +249,7 @@ def normalized(scores: Tensor, how: Normalize) -> Tensor:
         return scores / scores[scores.isfinite()].norm().clamp_min(1e-30)
     if how == "lamp":
         ordered, order = torch.sort(scores.double(), stable=True)
-        squares = ordered.clamp_min(0).square()
+        squares = ordered.clamp_min(0).pow(2 / power)
         left = squares.flip(0).cumsum(0).flip(0)
         lamp = torch.empty_like(squares)
         lamp[order] = torch.where(ordered.isfinite(), squares / left.clamp_min(1e-300), ordered)

@@ -13,20 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.criteria import sites
-from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.criterion import Criterion, LayerView
 from prune_cli.criteria.scoring import score_of
 from prune_cli.errors import ConfigError, ScheduleError, nearest
-from prune_cli.granularities.units import Context, FindPlan, Group
+from prune_cli.granularities.units import Context, FindPlan, Group, Normalize
 from prune_cli.masks import Masks
 from prune_cli.selection import budget as budgets
+from prune_cli.selection import per_cost
 from prune_cli.selection.granularity import Granularity
-from prune_cli.selection.ranking import Limits, Ranking, even, rank
+from prune_cli.selection.ranking import Limits, Ranking, Scope, even, rank
 from prune_cli.structure import slicing
 from prune_cli.structure.keep import spared
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.prunable import target
 
 log = logging.getLogger(__name__)
+
+ALMOST_ALL, LITTLE = 0.9, 0.2
+"""A common ranking that takes more than the one of a layer and less than the other of another is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,9 @@ def select(
     seed: int = 0,
     asked: Mapping[str, float | str] | None = None,
     plan: FindPlan | None = None,
+    quiet: bool = False,
 ) -> Selection:
-    """Scores every unit and masks exactly the lowest k of n, ties by index.
+    """Scores every unit and masks exactly the lowest k of n, ties by index; says in the log what limits changed.
 
     Args:
         share: part of the ratio to apply, in [0, 1].
@@ -88,14 +93,18 @@ def select(
         seed: for criteria that draw numbers; each layer has its own generator.
         asked: the granularity's ratios of this network, where they are known already.
         plan: gives the network's channel plan, where somebody keeps it.
+        quiet: whether the choice is a trial, of which the log need not say anything.
     """
     asked = granularity.ratios(model) if asked is None else asked
     part = Fraction(str(share))
     context = Context(model, example_inputs, {}, asked, masked or {}, granularity.dependency, plan)
     groups = scored(granularity, criterion, context, statistics or {}, seed, share=part, kept=kept)
     if kept is not None:
-        return chosen(model, groups, keep_counts(ordered(groups), kept), None)
-    keeps = keep_units(groups, granularity, part, model, example_inputs)
+        return chosen(model, groups, keep_counts(ordered(groups, granularity.scope), kept), None)
+    how, power = granularity.normalization(criterion), criterion.nature.power or 1
+    keeps = keep_units(groups, granularity, part, model, example_inputs, normalize=how, power=power, quiet=quiet)
+    if granularity.scope == "global" and not quiet:
+        _report_layers(groups, keeps, granularity.limits)
     units = sum(keep.numel() for keep in keeps)
     requested = None
     if granularity.budget is None:
@@ -137,7 +146,21 @@ def scored(
         )
         for index, name in enumerate(asked)
     }
-    return granularity.units.groups(replace(context, scores=scores))
+    groups = granularity.units.groups(replace(context, scores=scores))
+    if not criterion.nature.drawn:
+        return groups
+    return [_drawn(group, criterion, seed + len(asked) + index) for index, group in enumerate(groups)]
+
+
+def _drawn(group: Group, criterion: Criterion, seed: int) -> Group:
+    """The group with a number of its own for every unit, the same for all layers that vote on it."""
+    if group.choose:  # single weights, whose numbers are their own already
+        return group
+    size = group.scores.shape
+    draws = criterion.score(LayerView(group.name, torch.zeros(size), None, torch.Generator().manual_seed(seed)))
+    scores = draws.to(group.scores).masked_fill(group.scores == float("-inf"), float("-inf"))
+    votes = tuple(replace(vote, scores=scores[vote.units].to(vote.scores)) for vote in group.votes)
+    return replace(group, scores=scores, votes=votes, comparable=True)
 
 
 def chosen(model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor], requested: float | None) -> Selection:
@@ -165,8 +188,8 @@ def names_of(groups: Sequence[Group]) -> list[str]:
     return names
 
 
-def ordered(groups: Sequence[Group]) -> Ranking:
-    """The units of every group in the order in which they go, each group by itself.
+def ordered(groups: Sequence[Group], scope: Scope | None) -> Ranking:
+    """The units of every group in the order in which they go, each group by itself, or row by row under scope=row.
 
     Raises:
         ScheduleError: the units are chosen by patterns, so that there is no such order.
@@ -176,7 +199,7 @@ def ordered(groups: Sequence[Group]) -> Ranking:
             "schedule: it says how many units each layer keeps, but units of this granularity are chosen by patterns; "
             "choose granularity=filter, element, kernel or stripe, or another schedule"
         )
-    return rank(even(groups), "layer", "none", Limits())
+    return rank(even(groups), "row" if scope == "row" else "layer", "none", Limits())
 
 
 def keep_counts(ranking: Ranking, kept: Mapping[str, int]) -> list[Tensor]:
@@ -237,9 +260,9 @@ def rows_kept(
     groups = granularity.units.groups(replace(context, scores=blank))
     kept = {name: scores.numel() for name, scores in blank.items()}
     if counts is None:
-        keeps = keep_units(groups, granularity, share, model, context.example_inputs)
+        keeps = keep_units(groups, granularity, share, model, context.example_inputs, quiet=True)
     else:
-        keeps = keep_counts(ordered(groups), counts)
+        keeps = keep_counts(ordered(groups, granularity.scope), counts)
     for name, mask in combined(model, groups, keeps).items():
         axis = target(model, name).axis if name in kept else 0
         if name in kept and mask.shape[axis] == kept[name]:  # masks of input channels alone have one row for all
@@ -253,6 +276,10 @@ def keep_units(
     share: Fraction,
     model: nn.Module | None = None,
     example_inputs: Tensor | None = None,
+    *,
+    normalize: Normalize = "none",
+    power: int = 1,
+    quiet: bool = False,
 ) -> list[Tensor]:
     """One bool vector per group, True = keep; names in the log the layers where a floor or cap acted.
 
@@ -260,26 +287,34 @@ def keep_units(
         share: part of the request to apply, in [0, 1]; of a budget, the part of the way from the whole network.
         model: needed for budgets.
         example_inputs: the same.
+        normalize: what makes scores of different layers comparable, for scope=global.
+        power: scores are magnitudes to this power.
+        quiet: whether this is a trial, of which the log need not say anything.
     """
-    scope, normalize, limits = granularity.scope, granularity.normalize, granularity.limits
+    scope, limits = granularity.scope, granularity.limits
+    assert scope is not None, "granularities know their scope from the beginning"
     if granularity.budget:
         assert model is not None and example_inputs is not None
         if not groups:
             budgets.check_reachable(granularity.budget, groups, limits, model, example_inputs)
             return []
-        ranking = rank(even(groups), scope, normalize, limits)
+        if normalize == "per_cost":
+            groups = per_cost.positions(groups, limits, granularity.budget)
+        ranking = rank(even(groups), scope, normalize, limits, power=power)
         return ranking.keep(budgets.fit(granularity.budget, ranking, share, model, example_inputs))
     if scope == "global" and any(group.choose for group in groups):
         raise ConfigError("granularity.scope=global: these units choose inside each layer; choose scope=layer")
     ranked = [group for group in groups if not group.choose]  # sorting the others would be the dearest part
-    ranking = rank(ranked, scope, normalize, limits, never_empty=granularity.dependency == "inner_only")
+    never_empty = granularity.dependency == "inner_only"
+    ranking = rank(ranked, scope, normalize, limits, power=power, never_empty=never_empty)
     counts = ranking.counts(share)
-    _report(ranking, share, counts)
+    if not quiet:
+        _report(ranking, share, counts)
     keeps = iter(ranking.keep(counts))
-    return _spared(groups, [group.choose(share) if group.choose else next(keeps) for group in groups])
+    return _spared(groups, [group.choose(share) if group.choose else next(keeps) for group in groups], quiet=quiet)
 
 
-def _spared(groups: list[Group], keeps: list[Tensor]) -> list[Tensor]:
+def _spared(groups: list[Group], keeps: list[Tensor], *, quiet: bool = False) -> list[Tensor]:
     """One channel more where a layer that reads only a part of a coupled set would be left with none."""
     structure = groups[0].structure if groups else None
     if structure is None:
@@ -290,7 +325,7 @@ def _spared(groups: list[Group], keeps: list[Tensor]) -> list[Tensor]:
             scores[group.structure.units] = group.scores.detach().cpu().numpy()
     chosen = budgets.kept_in_plan(groups, keeps)
     kept = torch.from_numpy(spared(structure.plan, chosen, scores))
-    if more := int(kept.sum()) - int(chosen.sum()):
+    if (more := int(kept.sum()) - int(chosen.sum())) and not quiet:
         log.warning("%d channels more stay, so that no layer is left without any", more)
     return [
         keep if group.structure is None else kept[torch.from_numpy(group.structure.units)].to(keep.device)
@@ -312,3 +347,21 @@ def _report(ranking: Ranking, share: Fraction, counts: Sequence[int]) -> None:
         where, f", widths are multiples of {ranking.limits.round_to}" if rounded else "",
         sum(counts) / max(sum(sizes), 1), asked / max(sum(sizes), 1),
     )  # fmt: skip
+
+
+def _report_layers(groups: Sequence[Group], keeps: Sequence[Tensor], limits: Limits) -> None:
+    """Logs what part of every layer a common ranking took, and warns where it took almost all of one and spared another."""
+    gone = {name: 1 - int(keep.sum()) / keep.numel() for name, keep in zip(names_of(groups), keeps, strict=True)}
+    log.debug("removed by layer: %s", ", ".join(f"{name} {ratio:.3f}" for name, ratio in gone.items()))
+    could = [
+        name for name, group in zip(gone, groups, strict=True) if limits.bounded(group) > LITTLE * group.scores.numel()
+    ]
+    if not could:
+        return
+    most, least = max(gone, key=lambda name: gone[name]), min(could, key=lambda name: gone[name])
+    if gone[most] > ALMOST_ALL and gone[least] < LITTLE:
+        log.warning(
+            "granularity.scope=global takes %.1f %% of %s and %.1f %% of %s, as if their scores could be compared; where they "
+            "cannot, choose another granularity.normalize, granularity.max_ratio=0.8 or granularity.scope=layer",
+            100 * gone[most], most, 100 * gone[least], least,
+        )  # fmt: skip

@@ -189,7 +189,9 @@ class _Trial:
         if session.criterion.reads("request") or self._groups is None:
             with _with_weights(session.model, self.weights):
                 self._groups = session.scored(self._statistics, kept)
-        return chosen(session.model, self._groups, keep_counts(ordered(self._groups), kept), None)
+        return chosen(
+            session.model, self._groups, keep_counts(ordered(self._groups, session.granularity.scope), kept), None
+        )
 
 
 class _Progress:

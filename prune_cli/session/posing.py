@@ -19,6 +19,7 @@ from prune_cli.schedules.problem import Arithmetic, Curve, Group, Layer, Problem
 from prune_cli.selection import latency_table
 from prune_cli.selection.budget import masked_costs
 from prune_cli.selection.granularity import Granularity
+from prune_cli.selection.ranking import laid_out
 from prune_cli.selection.select import names_of
 from prune_cli.structure.keep import removed
 from prune_cli.structure.plan import Plan
@@ -51,9 +52,8 @@ def pose(
         rough: predict times from one of the whole network, for a first look.
     """
     blank = {name: torch.zeros(()).expand(target(model, name).weight.shape) for name in asked}
-    groups = granularity.units.groups(
-        Context(model, example_inputs, blank, asked, masked, granularity.dependency, plan)
-    )
+    context = Context(model, example_inputs, blank, asked, masked, granularity.dependency, plan)
+    groups = laid_out(granularity.units.groups(context), granularity.scope)
     cost = costs.cost(model, example_inputs, masked or None)
     facts = _layers(model, cost)
     found = tuple(_group(name, group, granularity, facts) for name, group in zip(names_of(groups), groups, strict=True))
@@ -74,11 +74,11 @@ def pose(
         tags=tuple(tags),
         seed=seed,
     )
-    quantity, allowed = budget or _target(granularity, problem)
+    quantity, allowed = budget or _target(granularity, problem, [group.lines for group in groups])
     return replace(problem, quantity=quantity, budget=allowed)
 
 
-def _target(granularity: Granularity, problem: Problem) -> tuple[Quantity, float]:
+def _target(granularity: Granularity, problem: Problem, lines: Sequence[int]) -> tuple[Quantity, float]:
     """What the granularity asks for: its budget, or the units that its ratios leave within their limits."""
     if granularity.budget is not None:
         quantity = granularity.budget.quantity
@@ -88,7 +88,10 @@ def _target(granularity: Granularity, problem: Problem) -> tuple[Quantity, float
     if granularity.scope == "global" and problem.groups:
         most = sum(group.units - group.least for group in problem.groups)
         return "units", units - min(removed(problem.groups[0].ratio, units), most)
-    return "units", sum(max(group.units - removed(group.ratio, group.units), group.least) for group in problem.groups)
+    return "units", sum(
+        max(group.units - rows * removed(group.ratio, group.units // rows), group.least)
+        for group, rows in zip(problem.groups, lines, strict=True)
+    )
 
 
 def _layers(model: nn.Module, cost: costs.Cost) -> dict[str, tuple[int, Layer]]:
@@ -124,7 +127,7 @@ def _group(name: str, group: Units, granularity: Granularity, facts: Mapping[str
         layers=tuple(layer for _, layer in own),
         units=size,
         whole=whole,
-        least=min(size - limits.rounded(size, limits.cap(group)), whole),
+        least=min(size - limits.bounded(group), whole),
         multiple=min(limits.round_to, size),
         ratio=float(group.ratio) if granularity.budget is None else 1.0,
         depth=min((depth for depth, _ in own), default=0),

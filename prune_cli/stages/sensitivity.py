@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from typing import Annotated, Literal
 
 import torch
@@ -22,20 +22,20 @@ from prune_cli.criteria.statistics import Calibration
 from prune_cli.errors import ConfigError, Interrupted
 from prune_cli.files import artifacts
 from prune_cli.files.lines import Lines
-from prune_cli.granularities.units import Context, Group, Units
+from prune_cli.granularities.units import Context, FindPlan
 from prune_cli.measure import accuracy
 from prune_cli.pipeline.stage import Stage
 from prune_cli.pipeline.state import Outcome, State
 from prune_cli.progress import track
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
-from prune_cli.selection.ranking import rank
-from prune_cli.selection.select import select
+from prune_cli.selection.select import names_of, select
 from prune_cli.selection.targets import Rule
 from prune_cli.session import learning
 from prune_cli.session.session import statistics_of
 from prune_cli.stages.sensitivity_plot import Point, curves
-from prune_cli.structure.prunable import owner
+from prune_cli.structure import follow
+from prune_cli.structure.prunable import owner, target
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ POINTS = "points"  # beside the checkpoints of unfinished stages
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layer pruned at one ratio. members: the weights that the layer stands for in a ratio file."""
+    """One layer pruned at one ratio. members: the weights that the layer stands for in a ratio file, masks: of all
+    parameters that its pruning touches."""
 
     layer: str
     members: tuple[str, ...]
@@ -80,9 +81,28 @@ def check(
     if plot and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(f"{state.stage}.plot=true needs matplotlib: pip install 'prune-cli[plot]', or plot=false")
     for one in _named(criterion, compare).values():
+        _check_grid(state, granularity, one, sorted(set(ratios)))
         request = _everywhere(granularity, state.model, min(ratios))
-        request.check(state.model, one)
         requirements.check(one, request, state.model, state.data, state.example_inputs())
+
+
+def _check_grid(state: State, granularity: Granularity, criterion: Criterion, ratios: Sequence[float]) -> None:
+    """Refuses a grid of which any ratio would be refused by the prune stage.
+
+    Raises:
+        ConfigError: as the prune stage says it where no ratio would do; else which are in the way.
+    """
+    refused: dict[float, ConfigError] = {}
+    for ratio in ratios:
+        try:
+            _everywhere(granularity, state.model, ratio).check(state.model, criterion)
+        except ConfigError as error:
+            refused[ratio] = error
+    if len(set(map(str, refused.values()))) == 1 and len(refused) == len(ratios):
+        raise next(iter(refused.values()))
+    if refused:
+        which = ", ".join(f"{ratio:g}" for ratio in list(refused)[:6]) + (" ..." if len(refused) > 6 else "")
+        raise ConfigError(f"{state.stage}.ratios: {which} cannot be pruned: {next(iter(refused.values()))}")
 
 
 WHOLE = Candidate("", (), 0.0, 0.0, {})
@@ -175,56 +195,59 @@ def _named(criterion: Criterion, compare: Mapping[str, Criterion]) -> dict[str, 
 def candidates(
     granularity: Granularity, criterion: Criterion, state: State, ratios: Sequence[float], calibration: Calibration
 ) -> Iterator[Candidate]:
-    """Every group of units at every ratio, chosen on the network as it is now."""
+    """Every layer (or coupled set of layers) at every ratio: the masks that a prune stage makes of it alone, on the network
+    as it is now."""
     statistics = statistics_of(state, criterion, list(granularity.ratios(state.model)), calibration)
-    seed = state.stage_seed % 2**62
+    plan = functools.cache(lambda: follow.analyse(state.model, state.example_inputs()))
     for ratio in ratios:
-        found = _Found(granularity.units, [])
-        request = replace(_everywhere(granularity, state.model, ratio), units=found)
-        select(
-            request,
-            criterion,
-            state.model,
-            state.example_inputs(),
-            masked=state.masks,
-            statistics=statistics,
-            seed=seed,
-        )
-        for group in found.groups_found:
-            ranking = rank([group], request.scope, request.normalize, request.limits)
-            (keep,) = ranking.keep(ranking.counts(Fraction(1)))
-            realised = int((~keep).sum()) / keep.numel()
-            members = tuple(f"{layer}.weight" for layer in group.layer_names)
-            yield Candidate(group.name, members, ratio, realised, group.mask(keep))
+        for layer, members in _layers(_everywhere(granularity, state.model, ratio), state, plan).items():
+            selection = select(
+                _only(granularity, members, ratio),
+                criterion,
+                state.model,
+                state.example_inputs(),
+                masked=state.masks,
+                statistics=statistics,
+                seed=state.stage_seed % 2**62,
+                plan=plan,
+                quiet=True,
+            )
+            both = masking.joined(state.masks, selection.masks)
+            masks = granularity.complete(state.model, state.example_inputs(), both, plan)
+            yield Candidate(layer, members, ratio, selection.removed / max(selection.units, 1), masks)
+
+
+def _layers(granularity: Granularity, state: State, plan: FindPlan) -> dict[str, tuple[str, ...]]:
+    """The sets of weights that can only be asked for together, by the name of their first group of units."""
+    asked = granularity.ratios(state.model)
+    blank = {name: torch.zeros(()).expand(target(state.model, name).weight.shape) for name in asked}
+    context = Context(
+        state.model, state.example_inputs(), blank, asked, state.masks, granularity.dependency, find_plan=plan
+    )
+    groups = granularity.units.groups(context)
+    sets: dict[tuple[str, ...], str] = {}
+    for name, group in zip(names_of(groups), groups, strict=True):
+        members = tuple(f"{layer}.weight" if layer else "weight" for layer in group.layers) or (group.name,)
+        sets.setdefault(members, name)
+    return {name: members for members, name in sets.items()}
 
 
 def _everywhere(granularity: Granularity, model: nn.Module, ratio: float) -> Granularity:
-    """The granularity with one ratio for every layer that it asks for, each layer by itself."""
-    names = tuple(owner(name) for name in granularity.ratios(model))
+    """The granularity with one ratio for every layer that it asks for."""
+    return _only(granularity, tuple(granularity.ratios(model)), ratio)
+
+
+def _only(granularity: Granularity, members: Sequence[str], ratio: float) -> Granularity:
+    """The granularity with one ratio for some weights, each layer by itself."""
     return replace(
         granularity,
         ratio=ratio,
-        rules=(Rule(names=names),),
+        rules=(Rule(names=tuple(owner(name) for name in members)),),
         ratio_file=None,
-        scope="layer",
-        normalize="none",
+        scope="layer" if granularity.scope == "global" else granularity.scope,
+        normalize=None,
         budget=None,
     )
-
-
-@dataclass(frozen=True)
-class _Found(Units):
-    """Units that remember the groups they formed, with the scores that `select` gave them."""
-
-    units: Units
-    groups_found: list[Group]
-
-    def check(self, model: nn.Module, ratios: Mapping[str, float | str], criterion: Criterion) -> None:
-        self.units.check(model, ratios, criterion)
-
-    def groups(self, context: Context) -> list[Group]:
-        self.groups_found[:] = self.units.groups(context)
-        return self.groups_found
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def test_a_coupled_channel_goes_only_when_both_layers_vote_so(model):
 
 
 def test_one_threshold_over_all_channels_with_coupled_ones_counted_in_every_layer(model):
-    granularity = Granularity(Filter(), 0.6, scope="global", dependency="union_keep")
+    granularity = Granularity(Filter(), 0.6, scope="global", normalize="none", dependency="union_keep")
     every = torch.cat([scores(model, name) for name in ("stem", "inner", "outer")])
     threshold = every.sort().values[int(0.6 * 22)]
     rows = kept(model, granularity)

@@ -69,7 +69,8 @@ def test_the_built_network_is_inside_and_one_unit_more_would_not_be(seed, widths
     model = network(seed, [*widths, 2])
     whole = getattr(measure.cost(model, IMAGE), quantity)
     budget = Budget(**{quantity: percent / 100})
-    granularity = Granularity(Filter(), scope=scope, budget=budget, round_to=multiple)
+    how = "none" if scope == "global" else None
+    granularity = Granularity(Filter(), scope=scope, normalize=how, budget=budget, round_to=multiple)
     ranking = rank(groups_of(model, Filter()), scope, "none", granularity.limits)
     try:
         chosen = select(granularity, L1, model, IMAGE)
