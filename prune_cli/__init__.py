@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.2.0"
-__all__ = ["load_pruned", "save_pruned", "shrink"]
+__all__ = ["load_pruned", "report", "save_pruned", "shrink"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,20 +1,24 @@
 """Shrinking one's own network in three lines of Python, with one's own data, loss and training loop.
 
-    from prune_cli import shrink
+    from prune_cli import report, shrink
 
-    small = shrink(model, example_inputs, ratio=0.5)
+    small = shrink(model, example_inputs, ratio=0.5)  # or budget={"macs": 0.5}, scope="global", optimizer=optimizer
+    print(report(small))  # what went, what stayed whole and why
 
 `save_pruned(small, folder)` and `load_pruned(folder, model=MyNet())` keep it in two files without pickle.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from torch import Tensor, nn
 
@@ -27,19 +31,23 @@ from prune_cli.errors import ConfigError, nearest
 from prune_cli.files import artifacts, builders, pruned
 from prune_cli.files.pruned import Record
 from prune_cli.granularities.filter import Filter
-from prune_cli.granularities.units import Normalize
+from prune_cli.granularities.units import FindPlan, Normalize
 from prune_cli.layers.replacing import closed
+from prune_cli.reporting import Report, report_of
 from prune_cli.selection import requirements
+from prune_cli.selection.budget import Budget
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import select
 from prune_cli.selection.targets import Rule
-from prune_cli.structure import surgery, verified
+from prune_cli.structure import follow, surgery, verified
 from prune_cli.structure.prunable import targets
 
 log = logging.getLogger(__name__)
 
 ORIGIN = "_prune_record"
 """Attribute of a shrunk module that says where it comes from; copies of the module keep it."""
+REPORT = "_prune_report"
+"""Attribute of a shrunk module that says what `shrink` did."""
 
 Score = Callable[[LayerView], Tensor]
 
@@ -47,8 +55,9 @@ Score = Callable[[LayerView], Tensor]
 def shrink(
     model: nn.Module,
     example_inputs: Any,
-    ratio: float | Mapping[str, float] = 0.5,
+    ratio: float | Mapping[str, float] | None = None,
     *,
+    budget: Mapping[str, float] | Budget | None = None,
     criterion: str | Score | Criterion = "l1",
     scope: Literal["layer", "global"] = "layer",
     normalize: Normalize | None = None,
@@ -57,14 +66,19 @@ def shrink(
     batches: Iterable[tuple[Any, Tensor]] = (),
     loss: Loss | None = None,
     seed: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
+    warn: bool = True,
 ) -> nn.Module:
     """Removes the least important channels of a network, with everything that depends on them.
 
     Args:
         model: any module; left as it was. What its outputs consist of (the classes) is kept.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-        ratio: fraction of the channels to remove, in [0, 1): one number, or one per layer (dotted name; the others
-            stay as they are; of layers that are added to each other all must be named).
+        ratio: fraction of the channels to remove, in [0, 1), 0.5 unless told: one number, or one per layer (dotted
+            name; the others stay as they are; of layers that are added to each other all must be named). A parameter
+            that makes channels without being a layer's weight is named itself, as `experts.gate_up_proj`.
+        budget: instead of `ratio`, what may remain: `{"macs": 0.5}` or `{"params": 0.5}`, fractions of the network on
+            the example inputs, or `{"latency_ms": 3.0}` for one image.
         criterion: how important a channel is: an option of the command line (`l1`, `l2`, ...), or a function of a
             `LayerView` that returns scores like its weight or one per output channel; higher = keep.
         scope: `layer` removes that fraction of every coupled set of layers, `global` of all of them ranked together.
@@ -77,14 +91,18 @@ def shrink(
         loss: (model, inputs, target) -> mean loss of the batch, for criteria that use gradients; None = cross entropy
             of what `model(inputs)` returns.
         seed: for criteria that draw numbers.
+        optimizer: of the parameters of `model`: from now on it is that of the small network, its momentum and moments
+            sliced along; where nothing can be shrunk it stays as it was.
+        warn: log at WARNING what the network's structure changed about the request: which layers stay whole, and why.
+            `report` of the result says it in any case.
 
     Returns:
         A new module of the same class, with the same names, smaller tensors, and on the example the outputs that the
         given network has with those channels set to zero (norms over channels see only the channels that are left).
 
     Raises:
-        ConfigError: a name that is not there, a value out of range, data missing that the criterion needs, or a network
-            of layers that cannot be sliced (stripes).
+        ConfigError: a name that is not there, a value out of range, data missing that the criterion needs, a budget that
+            cannot be met, or a network of layers that cannot be sliced (stripes).
         SurgeryError: the model does not run on the example inputs, or cannot be shrunk as asked.
     """
     if parts := closed(model):
@@ -92,39 +110,99 @@ def shrink(
             f"this network consists of {parts}, whose channels cannot be cut any more; shrink the network that they "
             "were taken from, or let prune run stages=[...,prune] go on from it"
         )
+    _check_fractions(ratio, budget, min_keep, max_ratio)
+    _check_optimizer(optimizer, model)
     chosen = _criterion(criterion, model)
-    rules, most = _rules(ratio)
-    filters = Filter()
+    rules, most = _rules(0.5 if ratio is None else ratio)
     granularity = Granularity(
-        filters,
+        Filter(),
         ratio=most,
         rules=rules,
         scope=scope,
         normalize=normalize,
         min_keep=min_keep,
         max_ratio=max_ratio,
+        budget=_budget(budget, example_inputs),
     )
-    for name, value, legal in (
-        ("ratio", most, 0 <= most < 1),
-        ("min_keep", min_keep, 0 <= min_keep < 1),
-        ("max_ratio", max_ratio, 0 < max_ratio <= 1),
-    ):
-        if not legal:
-            raise ConfigError(f"{name}: {value} is not a fraction from 0 to below 1 (max_ratio: to 1)")
-    granularity.check(model, chosen)
-    statistics = _statistics(chosen, model, example_inputs, batches, loss, list(granularity.ratios(model)))
-    selection = select(granularity, chosen, model, example_inputs, statistics=statistics, seed=seed)
-    log.info("removing %d of %d units", selection.removed, selection.units)
-    origin: Record | None = getattr(model, ORIGIN, None)
-    if selection.candidate is None:  # nothing may shrink
-        shrunk = filters.shrink(model, example_inputs, {})
-    else:
-        shrunk = surgery.remove_units(model, *selection.candidate)
-    lineage = None if origin is None else origin.lineage
-    small = verified.checked(model, shrunk, {}, lineage=lineage, check_on=(example_inputs,))
+    plan = functools.cache(functools.partial(follow.analyse, model, example_inputs))
+    with _heard(warn) as notes:
+        granularity.check(model, chosen, example_inputs, plan)
+        shrunk = _chosen(granularity, chosen, model, example_inputs, batches, loss, seed, plan)
+        origin: Record | None = getattr(model, ORIGIN, None)
+        lineage = None if origin is None else origin.lineage
+        small = verified.checked(model, shrunk, {}, lineage=lineage, check_on=(example_inputs,))
+    if optimizer is not None:
+        surgery.repoint(optimizer, model, small.model, shrunk.lineage.kept)
     record = Record({"_target_": _class_of(model)}) if origin is None else origin
     object.__setattr__(small.model, ORIGIN, replace(record, lineage=small.lineage, cfg={}))
+    object.__setattr__(small.model, REPORT, report_of(model, shrunk, example_inputs, tuple(notes)))
     return small.model
+
+
+def report(model: nn.Module) -> Report:
+    """What `shrink` did when it made this network.
+
+    Raises:
+        ConfigError: the network was not returned by `shrink` in this process.
+    """
+    found: Report | None = getattr(model, REPORT, None)
+    if found is None:
+        raise ConfigError(
+            f"{type(model).__name__} was not returned by shrink in this process, so there is no report on it; "
+            "ask for the report of small = shrink(model, ...)"
+        )
+    return found
+
+
+def _chosen(
+    granularity: Granularity,
+    criterion: Criterion,
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[tuple[Any, Tensor]],
+    loss: Loss | None,
+    seed: int,
+    plan: FindPlan,
+) -> surgery.Shrunk:
+    """The network without the units that the criterion finds least important."""
+    asked = granularity.asked(model, criterion, plan)
+    statistics = _statistics(criterion, model, example_inputs, batches, loss, list(asked))
+    selection = select(
+        granularity, criterion, model, example_inputs, statistics=statistics, seed=seed, asked=asked, plan=plan
+    )
+    log.info("removing %d of %d units", selection.removed, selection.units)
+    if selection.candidate is None:  # nothing may shrink
+        return surgery.remove_units(model, plan(), plan().everything())
+    return surgery.remove_units(model, *selection.candidate)
+
+
+@contextmanager
+def _heard(aloud: bool) -> Iterator[list[str]]:
+    """Collects the warnings that are logged meanwhile, and passes them on or not."""
+    lines: list[str] = []
+
+    ours = logging.getLogger("prune_cli")
+    passes, own = ours.propagate, list(ours.handlers)
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+            if aloud and not own and not logging.getLogger().handlers and logging.lastResort:
+                logging.lastResort.handle(record)  # as if this handler were not there
+
+    ear = Ear(logging.WARNING)
+    ours.addHandler(ear)
+    if not aloud:
+        ours.propagate = False
+        for handler in own:
+            ours.removeHandler(handler)
+    try:
+        yield lines
+    finally:
+        ours.removeHandler(ear)
+        ours.propagate = passes
+        for handler in own:
+            ours.addHandler(handler)
 
 
 def save_pruned(model: nn.Module, folder: str | Path, *, builder: Mapping[str, Any] | None = None) -> None:
@@ -229,6 +307,50 @@ def _statistics(
 
 def _cross_entropy(model: nn.Module, inputs: Any, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(inputs), target)
+
+
+def _check_fractions(
+    ratio: float | Mapping[str, float] | None, budget: object, min_keep: float, max_ratio: float
+) -> None:
+    if ratio is not None and budget is not None:
+        raise ConfigError("ratio and budget both say how much goes; give one of them")
+    most = 0.0 if ratio is None else _rules(ratio)[1]
+    for name, value, legal in (
+        ("ratio", most, 0 <= most < 1),
+        ("min_keep", min_keep, 0 <= min_keep < 1),
+        ("max_ratio", max_ratio, 0 < max_ratio <= 1),
+    ):
+        if not legal:
+            raise ConfigError(f"{name}: {value} is not a fraction from 0 to below 1 (max_ratio: to 1)")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """Refuses an optimizer of something else, before anything is done.
+
+    Raises:
+        ConfigError: none of its parameters is the network's.
+    """
+    if optimizer is None:
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ConfigError(
+            f"optimizer: none of its parameters is one of {type(model).__name__}; give the optimizer that trains it"
+        )
+
+
+def _budget(given: Mapping[str, float] | Budget | None, example_inputs: Any) -> Budget | None:
+    """The budget, checked.
+
+    Raises:
+        ConfigError: not exactly one of macs, params and latency_ms, a value out of range, or a latency of no image.
+    """
+    if given is None:
+        return None
+    found: Budget = given if isinstance(given, Budget) else resolve(dict(given), "budget", Budget)
+    if found.quantity == "latency_ms" and not isinstance(example_inputs, Tensor):
+        raise ConfigError("budget: latency_ms is that of a network of one input tensor; give macs or params")
+    return found
 
 
 def _rules(ratio: float | Mapping[str, float]) -> tuple[tuple[Rule, ...], float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune_cli import load_pruned, save_pruned, shrink
+from prune_cli import load_pruned, report, save_pruned, shrink
 from prune_cli.errors import CheckpointError, ConfigError, SurgeryError
 from tests.conftest import ROOT
 
@@ -225,3 +225,211 @@ def test_a_layer_is_never_emptied():
 def test_only_results_of_shrink_are_saved(tmp_path):
     with pytest.raises(ConfigError, match="not returned by shrink"):
         save_pruned(sequence(), tmp_path)
+
+
+def params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("quantity", ["macs", "params"])
+def test_budgets_are_kept_and_what_was_predicted_is_what_is_counted(quantity, scope):
+    model = sequence()
+    small = shrink(model, IMAGE, budget={quantity: 0.5}, scope=scope)
+    found = report(small)
+    assert found.dense.params == params(model) and found.predicted.params == params(small)
+    assert found.predicted == found.realised
+    assert 0.2 < getattr(found.realised, quantity) / getattr(found.dense, quantity) <= 0.5
+    assert found.widths["3"] == (8, small[3].out_channels) and f"{found.realised.macs:,}" in str(found)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(6, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def test_hidden_units_of_a_recurrent_layer_go_by_ratio_and_by_budget():
+    example = {"x": torch.rand(2, 5, 6)}
+    assert shrink(Recurrent(), example).rnn.hidden_size == 8
+    small = shrink(Recurrent(), example, budget={"params": 0.5})
+    assert report(small).realised == report(small).predicted and params(small) <= 0.5 * params(Recurrent())
+    named = shrink(Recurrent(), example, ratio={"rnn.weight_ih_l0": 0.25, "rnn.weight_hh_l0": 0.25})
+    assert named.rnn.hidden_size == 12
+
+
+class Transposed(nn.Module):
+    """A linear layer with a weight (in, out), as GPT-2 has it."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.nf = outputs
+        self.weight, self.bias = nn.Parameter(torch.rand(inputs, outputs)), nn.Parameter(torch.rand(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Block(nn.Module):
+    """What a block of GPT-2 consists of, and bare parameters behind it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.up, self.down = (
+            nn.Embedding(20, 12),
+            nn.LayerNorm(12),
+            Transposed(12, 24),
+            Transposed(24, 12),
+        )
+        self.w1, self.w2 = nn.Parameter(torch.rand(12, 16)), nn.Parameter(torch.rand(16, 20))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return torch.relu(x @ self.w1) @ self.w2
+
+
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+def test_layers_of_classes_unknown_to_torch_and_bare_parameters_are_asked_for():
+    model = Block()
+    small = shrink(model, IDS)
+    assert (small.up.weight.shape, small.down.weight.shape, small.w1.shape) == ((6, 12), (12, 6), (6, 8))
+    sizes = model.w1.detach().abs().sum(0)
+    assert torch.equal(small.w2, shrink(model, IDS, ratio={"w1": 0.5}).w2)
+    assert torch.equal(
+        shrink(model, IDS, ratio={"w1": 0.5}).w1, model.w1[:, sizes.argsort(descending=True)[:8].sort()[0]]
+    )
+    assert shrink(model, IDS, ratio={"up": 0.25}).up.nf == 18
+    by_norm = shrink(model, IDS, ratio={"up": 0.5}, criterion="fpgm")
+    assert by_norm.up.weight.shape == (12, 12)
+    with pytest.raises(ConfigError, match="no layer 'w3'"):
+        shrink(model, IDS, ratio={"w3": 0.5})
+
+
+def test_an_optimizer_goes_on_with_the_small_network():
+    model = sequence()
+    optimizer = torch.optim.Adam([{"params": model[0].parameters()}, {"params": model[3:].parameters(), "lr": 0.1}])
+    model(IMAGE).square().sum().backward()
+    optimizer.step()
+    moment = optimizer.state[model[0].weight]["exp_avg"]
+    kept = model[0].weight.detach().abs().sum((1, 2, 3)).argsort(descending=True)[:4].sort().values
+    small = shrink(model, IMAGE, optimizer=optimizer)
+    assert torch.equal(optimizer.state[small[0].weight]["exp_avg"], moment[kept])
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for name, p in small.named_parameters() if not name.startswith("1.")
+    }
+    before = small[3].weight.detach().clone()
+    small(IMAGE).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, small[3].weight)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adafactor(p, lr=0.1),
+        lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=2),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    ],
+)
+def test_optimizers_whose_state_has_other_shapes_go_on_too(make):
+    model = sequence()
+    optimizer = make(model.parameters())
+
+    def step(network):
+        def loss():
+            optimizer.zero_grad()
+            value = network(IMAGE).square().sum()
+            value.backward()
+            return value
+
+        return optimizer.step(loss)
+
+    step(model)
+    untouched = copy.deepcopy(model.state_dict())
+    small = shrink(model, IMAGE, optimizer=optimizer)
+    before = copy.deepcopy(small.state_dict())
+    step(small)
+    step(small)
+    assert not torch.equal(before["3.weight"], small[3].weight)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in untouched.items())
+
+
+class Unknown(nn.Module):
+    """Half of it cannot go, as an operator is unknown."""
+
+    def __init__(self, inner):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.c, self.d = nn.Linear(6, inner), nn.Linear(inner, 3)
+
+    def forward(self, x):
+        return self.d(torch.relu(self.c(torch.linalg.qr(self.b(torch.linalg.qr(self.a(x))[0]))[0])))
+
+
+def test_what_stays_whole_is_said_aloud_once_with_the_reason(caplog):
+    example = torch.rand(20, 6)
+    small = shrink(Unknown(8), example)
+    (line,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    message = line.getMessage()
+    assert message.startswith(
+        "only 8 of 26 channels can go; these stay whole: a.weight and 1 more (linalg_qr in the model"
+    )
+    assert [one.name for one in report(small).whole] == ["a.weight", "b.weight", "d.weight"]
+    assert report(small).notes == (message,) and message in str(report(small))
+    caplog.clear()
+    assert str(report(shrink(Unknown(8), example, warn=False))) == str(report(small))
+    assert not caplog.records
+    shrink(Unknown(64), example)
+    assert not caplog.records
+    with pytest.raises(ConfigError, match="not returned by shrink"):
+        report(Unknown(8))
+
+
+class Stuck(nn.Module):
+    """Nothing of it can go: it reads a condition of its data, and a layer did not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.a, self.b, self.other = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9), nn.Linear(8, 8)
+
+    def forward(self, ids, mask=None):
+        x = self.embed(ids)
+        x = self.other(x) if mask is not None and bool((mask == 0).all()) else self.a(x)
+        return self.b(x)
+
+
+def test_a_network_of_which_nothing_can_go_says_so_with_a_budget_too(caplog):
+    example = {"ids": IDS, "mask": torch.ones(1, 5)}
+    small = shrink(Stuck(), example)
+    assert params(small) == params(Stuck())
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("nothing can be removed; these stay whole: a.weight (the model chooses")
+    assert "other.weight did not" in line and "an example with which every layer runs" in line
+    with pytest.raises(ConfigError) as raised:
+        shrink(Stuck(), example, budget={"macs": 0.5}, warn=False)
+    assert str(raised.value) == f"granularity.budget.macs=0.5 cannot be met: {line}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ratio": 0.5, "budget": {"macs": 0.5}}, "give one of them"),
+        ({"budget": {"flops": 0.5}}, "flops"),
+        ({"budget": {"macs": 0.5, "params": 0.5}}, "exactly one"),
+        ({"budget": {"macs": 1.5}}, "budget.macs"),
+        ({"budget": {"macs": 0.001}}, "cannot be met"),
+        ({"budget": {"latency_ms": 1.0}, "example_inputs": (IMAGE,)}, "one input tensor"),
+        ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(2))])}, "none of its parameters"),
+    ],
+)
+def test_mistakes_about_budgets_and_optimizers(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        shrink(sequence(), **({"example_inputs": IMAGE} | arguments))

@@ -22,8 +22,12 @@ def score_of(
     *,
     norm: Norm | None = None,
     n_keep: int | None = None,
+    axis: int | None = None,
 ) -> Tensor:
     """The scores of one weight, checked for shape and for numbers that cannot be ranked.
+
+    Args:
+        axis: along which its output channels lie, where that is not known by its layer.
 
     Raises:
         ConfigError: something that the criterion needs was not measured, or the scores cannot be ranked.
@@ -31,7 +35,8 @@ def score_of(
     for need in criterion.entries:
         if need.is_statistic and need.name not in statistics:
             raise ConfigError(f"criterion: needs the statistic {need.name!r} of {name}, which was not measured")
-    score = _scored(criterion, replace(view_of(model, name, seed), statistics=statistics, n_keep=n_keep, norm=norm))
+    view = replace(view_of(model, name, seed), statistics=statistics, n_keep=n_keep, norm=norm)
+    score = _scored(criterion, view if axis is None else replace(view, axis=axis))
     if score.amax().isnan():  # the largest of all is nan where any is
         raise ConfigError(f"criterion: scores of {name} contain nan")
     return score

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -19,7 +18,8 @@ from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure import slicing, surgery
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.plan import Family, Plan
-from prune_cli.structure.prunable import owner, target
+from prune_cli.structure.prunable import computed_weight, is_table, owner, target
+from prune_cli.structure.whole import in_words, whole
 
 Reduce = Literal["sum", "mean", "max", "first", "product"]
 
@@ -42,6 +42,7 @@ class Filter(Units):
     coupled: ClassVar[bool] = True
     shrinks: ClassVar[bool] = True
     has_parts: ClassVar[bool] = True
+    asks_bare: ClassVar[bool] = True
 
     reduce: Reduce = "sum"
 
@@ -76,7 +77,7 @@ class Filter(Units):
         if left:
             why = " or are coupled (dependency=inner_only)" if context.dependency == "inner_only" else ""
             lines.append(f"{_list(left)}: asked for by name, but their outputs cannot shrink{why}; they stay whole")
-        return lines
+        return lines + _shortfall(context, plan)
 
     def _group(self, context: Context, plan: Plan, family: Family) -> Group:
         names = _members(context, family)
@@ -125,25 +126,49 @@ def kept_units(model: nn.Module, plan: Plan, masks: Masks) -> np.ndarray:
     return keep
 
 
+def _shortfall(context: Context, plan: Plan) -> list[str]:
+    """One line where nothing, or less than half of what was asked for and is no output of the network, can go."""
+    asked = {name for name, ratio in context.ratios.items() if ratio}
+    going = sum(
+        int(np.isin(plan.axes[name][axis], family.units).sum())
+        for family in plan.families
+        if _state(context, family) == "shrinks" and len(family.units) > 1
+        for weight, name, axis in _places(context, family)
+        if weight in asked
+    )
+    everything = context.prunable <= asked
+
+    def others(name: str) -> bool:
+        return name not in context.prunable and not is_table(context.model, name)
+
+    stay = [
+        one
+        for one in whole(plan, context.prunable)
+        if not one.output and (one.name in asked or (everything and others(one.name)))
+    ]
+    could = going + sum(one.channels for one in stay)
+    if not (asked or everything) or (going and (context.dependency == "inner_only" or 2 * going >= could)):
+        return []
+    what = f"only {going} of {could} channels can go" if going else "nothing can be removed"
+    if stay:
+        return [f"{what}; these stay whole: {in_words(stay)}"]
+    return [f"{what}: all other channels are the network's outputs, or coupled with layers that stay"]
+
+
 Place = tuple[str, str, int]
 """A layer's weight, the parameter that it is (or is computed from), and the axis of both along which units lie."""
 
 
 def _places(context: Context, family: Family) -> list[Place]:
-    """The family's producers that can be asked for; others (embeddings, bare parameters) follow them."""
+    """The family's producers that can be asked for: layers, which others follow, or else bare parameters."""
     places: dict[tuple[str, int], Place] = {}
     for name, axis in family.producers:
-        weight = name if name in context.prunable else _computed(name)
+        weight = name if name in context.prunable else computed_weight(name)
         if weight in context.prunable and (weight == name or axis == target(context.model, weight).axis):
             places.setdefault((weight, axis), (weight, name, axis))
+    if not places:
+        places = {(n, axis): (n, n, axis) for n, axis in family.producers if axis in context.bare.get(n, ())}
     return list(places.values())
-
-
-def _computed(name: str) -> str:
-    """The weight that is computed from a parameter, by the names that torch gives them."""
-    layer, new, _ = name.partition(".parametrizations.weight.")
-    old = re.fullmatch(r"(.*\.)?weight_(g|v|orig)", name)
-    return f"{layer}.weight" if new else f"{old[1] or ''}weight" if old else ""
 
 
 def _members(context: Context, family: Family) -> list[str]:

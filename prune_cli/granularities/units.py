@@ -19,7 +19,7 @@ from prune_cli.masks import Masks
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.plan import Plan
-from prune_cli.structure.prunable import targets
+from prune_cli.structure.prunable import bare, targets
 from prune_cli.structure.surgery import Shrunk
 
 FindPlan = Callable[[], Plan]
@@ -158,6 +158,11 @@ class Context:
         """Names of all weights that could be asked for."""
         return frozenset(targets(self.model))
 
+    @functools.cached_property
+    def bare(self) -> dict[str, tuple[int, ...]]:
+        """Parameters that make channels without being a layer's weight, and the axes along which those lie."""
+        return bare(self.model, self.plan)
+
 
 class Units:
     """One granularity: which weights live or die together.
@@ -175,6 +180,7 @@ class Units:
         compared: what makes scores of different layers comparable where a recipe does not say (scope=global).
         has_parts: whether units run through several layers: groups then have `parts`.
         has_rows: whether units can compete inside each output row (scope=row): groups then have `rows`.
+        asks_bare: whether parameters that make channels without being a layer's weight are asked for too.
     """
 
     name: ClassVar[str] = ""
@@ -186,6 +192,7 @@ class Units:
     has_rows: ClassVar[bool] = False
     compared: ClassVar[Normalize] = "layer_mean"
     has_parts: ClassVar[bool] = False
+    asks_bare: ClassVar[bool] = False
 
     def groups(self, context: Context) -> list[Group]:
         """The groups of units with their scores."""

@@ -16,10 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from prune_cli.measure.macs import MacCounter
+from prune_cli.structure.interpreter import Example
 from prune_cli.structure.modes import composed_attention, evaluating
 from prune_cli.structure.prunable import owner
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
 
 
 @dataclass(frozen=True)
@@ -101,15 +105,15 @@ def _nonzero(parameter: Tensor, name: str, masks: Mapping[str, Tensor] | None) -
 
 def cost(
     model: nn.Module,
-    inputs: Sequence[int] | Tensor | Sequence[Tensor],
+    inputs: Sequence[int] | Example,
     masks: Mapping[str, Tensor] | None = None,
 ) -> Cost:
     """Counts parameters, MACs and bytes by one forward pass in eval mode, by shapes alone where they suffice.
 
     Args:
         model: the network, on `meta` too; unchanged afterwards.
-        inputs: shape (C, H, W) of one example, or the tensor or tensors to call the model with. MACs are
-            those of all examples in them.
+        inputs: shape (C, H, W) of one example, or what to call the model with: a tensor, a tuple of positional
+            arguments or a dict of keyword arguments. MACs are those of all examples in them.
         masks: boolean tensors by parameter name, True = keep, broadcastable to the parameter. A product
             with a parameter counts in `macs_nonzero` by the fraction of that parameter which is neither
             masked nor zero.
@@ -157,27 +161,28 @@ def cost(
     )
 
 
-def _examples(inputs: Sequence[int] | Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _examples(inputs: Sequence[int] | Example) -> Arguments:
     if isinstance(inputs, Tensor):
-        return (inputs,)
-    tensors = tuple(item for item in inputs if isinstance(item, Tensor))
-    if tensors:
-        return tensors
-    return (torch.zeros(1, *(int(size) for size in inputs if isinstance(size, int))),)
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if all(isinstance(size, int) for size in inputs):
+        return (torch.zeros(1, *inputs),), {}
+    return tuple(inputs), {}
 
 
 def _count(
-    model: nn.Module, example: Sequence[Tensor], masks: Mapping[str, Tensor] | None, device: str | None
+    model: nn.Module, example: Arguments, masks: Mapping[str, Tensor] | None, device: str | None
 ) -> tuple[MacCounter, dict[str, tuple[int, ...]]]:
     """Runs the model under the counter, on its own tensors (device None) or on stand-ins without memory."""
     real = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {**real, **dict(model.named_buffers())}
     if device is not None:
         tensors = {name: torch.empty_like(tensor, device=device) for name, tensor in tensors.items()}
-        example = [torch.empty_like(tensor, device=device) for tensor in example]
+        example = tree_map(lambda one: torch.empty_like(one, device=device) if torch.is_tensor(one) else one, example)
     else:
         home = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
-        example = [tensor.to(home) for tensor in example]
+        example = tree_map(lambda one: one.to(home) if torch.is_tensor(one) else one, example)
     owners = {tensors[name].untyped_storage()._cdata: name for name in reversed(real)}
     fractions: dict[tuple[Any, ...], float] = {}
 
@@ -194,14 +199,28 @@ def _count(
 
     counter = MacCounter(owners, alive)
     outputs: dict[str, tuple[int, ...]] = {}
-    with evaluating(model), composed_attention(), _tracked(model, counter.stack, outputs), torch.no_grad():
+    tracked = _tracked(model, counter.stack, outputs)
+    with _restored(model), evaluating(model), composed_attention(), tracked, torch.no_grad():
         if device is None:
             with counter:
-                model(*example)
+                model(*example[0], **example[1])
         else:
             with counter:
-                functional_call(model, tensors, tuple(example))
+                functional_call(model, tensors, *example)
     return counter, outputs
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Puts back what modules keep of a forward pass as attributes: on `meta`, such a cache would break the next one."""
+    states = [(vars(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for plain, before, buffers in states:
+            plain.clear()
+            plain.update(before)
+            plain["_buffers"].update(buffers)
 
 
 @contextmanager

@@ -43,6 +43,8 @@ def _attention_macs(args: Sequence[Any], _: Any) -> int:
 _aten = torch.ops.aten
 # operator -> position of the first of its two operands
 _PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.mv: 0, _aten.dot: 0, _aten.linear: 0}
+if hasattr(_aten, "_grouped_mm"):
+    _PRODUCTS[_aten._grouped_mm] = 0
 _SUMMED_PRODUCTS = {_aten.addmm: 1, _aten.baddbmm: 1, _aten.addmv: 1, _aten.addbmm: 1}
 _ATTENTION = tuple(
     getattr(_aten, name)
@@ -63,6 +65,8 @@ def macs_of_call(operator: Any, args: Sequence[Any], out: Any) -> tuple[int, Seq
         return _conv_macs(args, out), args[1:2]
     if operator in _ATTENTION:
         return _attention_macs(args, out), ()
+    if operator == _aten._trilinear:  # of nn.Bilinear: every entry of the weight, for every example
+        return args[0].shape[0] * args[1].numel(), args[1:2]
     first = _PRODUCTS.get(operator, _SUMMED_PRODUCTS.get(operator))
     if first is None:
         return 0, ()

@@ -69,6 +69,11 @@ class Budget:
         """Its value, exactly as written."""
         return Fraction(str(getattr(self, self.quantity)))
 
+    @property
+    def below_all(self) -> bool:
+        """Whether a network of which nothing goes cannot be known to stay inside."""
+        return self.quantity == "latency_ms" or self.target < 1
+
     def allowed(self, share: Fraction, whole: int | float) -> Fraction:
         """What may remain after a share of the way from the whole network to the target."""
         end = self.target if self.quantity == "latency_ms" else self.target * Fraction(whole)
@@ -267,6 +272,11 @@ def _unreachable(budget: Budget, least: str) -> ConfigError:
         f"granularity.budget.{budget.quantity}={float(budget.target)} cannot be met: what the layers asked for, "
         f"min_keep, max_ratio, round_to and dependency leave is at least {least}"
     )
+
+
+def unreachable(budget: Budget, why: str) -> ConfigError:
+    """What to raise where no unit can go at all."""
+    return ConfigError(f"granularity.budget.{budget.quantity}={float(budget.target)} cannot be met: {why}")
 
 
 def _report(budget: Budget, left: int | float, whole: int | float, ranking: Ranking, share: Fraction) -> None:

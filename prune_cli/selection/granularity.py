@@ -6,6 +6,7 @@ How many go is decided here, from ratios, scope and floors; which go, by the sco
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,7 +38,9 @@ from prune_cli.selection import targets
 from prune_cli.selection.budget import Budget
 from prune_cli.selection.ranking import Limits, Scope, laid_out
 from prune_cli.selection.targets import Rule
-from prune_cli.structure.prunable import layers, target
+from prune_cli.structure import prunable
+from prune_cli.structure.follow import analyse
+from prune_cli.structure.prunable import bare, layers, target
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +116,16 @@ class Granularity:
         """The ratio asked of each weight, by parameter name."""
         return targets.ratios(model, self.ratio, self.rules, self.ratio_file)
 
+    def asked(self, model: nn.Module, criterion: Criterion, plan: FindPlan) -> dict[str, float | str]:
+        """`ratios`, with those of parameters that make channels without being a layer's weight (bare ones, and those of
+        classes unknown to torch), where units are channels and the criterion can score any parameter."""
+        scorable = all(
+            need.source in ("gradient", "per_image") and need.shape == "weight" for need in criterion.entries
+        )
+        if not (self.units.asks_bare and scorable):
+            return self.ratios(model)
+        return targets.ratios(model, self.ratio, self.rules, self.ratio_file, bare(model, plan()))
+
     def forms(
         self, model: nn.Module, masks: Masks, asked: Mapping[str, float | str] | None = None
     ) -> dict[str, MaskFormat]:
@@ -120,12 +133,13 @@ class Granularity:
         known = self.units.forms(model, self.ratios(model) if asked is None else asked)
         return {name: known.get(name, MaskFormat()) for name in masks}
 
-    def named(self, model: nn.Module) -> frozenset[str]:
-        """The weights that rules or a file ask for by name, not only by type."""
+    def named(self, model: nn.Module, asked: Mapping[str, float | str]) -> frozenset[str]:
+        """The weights among those asked for that rules or a file ask for by name, not only by type."""
         rules = [rule for rule in self.rules if rule.exclude or rule.names is not None or rule.names_re is not None]
         if not self.ratio_file and not any(not rule.exclude for rule in rules):
             return frozenset()
-        return frozenset(targets.ratios(model, self.ratio, rules, self.ratio_file)) & frozenset(self.ratios(model))
+        own = frozenset(asked) - frozenset(prunable.targets(model))
+        return frozenset(targets.ratios(model, self.ratio, rules, self.ratio_file, own)) & frozenset(asked)
 
     def split(
         self, model: nn.Module, asked: Mapping[str, float | str] | None = None
@@ -143,17 +157,23 @@ class Granularity:
         """The masks with those of the parameters that only serve what is masked, where these units leave any."""
         return self.units.complete(model, example_inputs, masks, plan)
 
-    def check(self, model: nn.Module, criterion: Criterion, example_inputs: Tensor | None = None) -> None:
+    def check(
+        self, model: nn.Module, criterion: Criterion, example_inputs: Any = None, plan: FindPlan | None = None
+    ) -> None:
         """Refuses what makes no sense for this network and criterion.
 
         Args:
             example_inputs: one image; with it the network's structure is looked at too: what it changes about the
                 request is logged, and a budget that no selection can meet is refused.
+            plan: gives the channel plan of the network for these inputs, where somebody keeps it.
 
         Raises:
             ConfigError: says why and what would be legal.
         """
-        asked = self.ratios(model)
+        looks = example_inputs is not None and bool(self.budget or self.units.coupled)
+        if looks and plan is None:
+            plan = functools.cache(functools.partial(analyse, model, example_inputs))
+        asked = self.ratios(model) if not looks or plan is None else self.asked(model, criterion, plan)
         if not asked and (self.rules or self.ratio_file):
             raise ConfigError(
                 "granularity: no layer is left to prune; layers that no rule or line of the file asks for stay whole, so "
@@ -192,14 +212,17 @@ class Granularity:
         self.units.check(model, asked, criterion)
         if asked:
             try_out(criterion, model, next(iter(asked)))
-        if example_inputs is None or not (self.budget or self.units.coupled):
+        if not looks:
             return
         blank = {name: torch.zeros(()).expand(target(model, name).weight.shape) for name in asked}
-        context = Context(model, example_inputs, blank, asked, {}, self.dependency)
-        for line in self.units.explain(context, self.named(model)):
+        context = Context(model, example_inputs, blank, asked, {}, self.dependency, plan)
+        lines = self.units.explain(context, self.named(model, asked))
+        for line in lines:
             log.warning("%s", line)
         if self.budget:
             groups = laid_out(self.units.groups(context), self.scope)
+            if self.units.shrinks and not groups and self.budget.below_all:
+                raise budgets.unreachable(self.budget, lines[-1] if lines else "no layer can shrink")
             budgets.check_reachable(self.budget, groups, self.limits, model, example_inputs)
 
     def _check_scope(self, criterion: Criterion) -> None:

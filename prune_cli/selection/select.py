@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from prune_cli.selection import per_cost
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.ranking import Limits, Ranking, Scope, even, rank
 from prune_cli.structure import slicing
+from prune_cli.structure.follow import analyse
 from prune_cli.structure.keep import spared
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.prunable import target
@@ -95,7 +97,9 @@ def select(
         plan: gives the network's channel plan, where somebody keeps it.
         quiet: whether the choice is a trial, of which the log need not say anything.
     """
-    asked = granularity.ratios(model) if asked is None else asked
+    if asked is None:
+        plan = plan or functools.cache(functools.partial(analyse, model, example_inputs))
+        asked = granularity.asked(model, criterion, plan)
     part = Fraction(str(share))
     context = Context(model, example_inputs, {}, asked, masked or {}, granularity.dependency, plan)
     groups = scored(granularity, criterion, context, statistics or {}, seed, share=part, kept=kept)
@@ -143,6 +147,7 @@ def scored(
             seed + index,
             norm=norms.get(name),
             n_keep=rows.get(name),
+            axis=context.bare[name][0] if name not in context.prunable and name in context.bare else None,
         )
         for index, name in enumerate(asked)
     }

@@ -14,7 +14,7 @@ from torch import nn
 from prune_cli.config.locations import find_file
 from prune_cli.errors import ConfigError, nearest
 from prune_cli.granularities.units import Ratio
-from prune_cli.structure.prunable import Target, layers, targets
+from prune_cli.structure.prunable import Target, layers, target
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Rule(LayerSelector):
 Chosen = TypeVar("Chosen", bound=LayerSelector)
 
 
-def ratios(model: nn.Module, ratio: float, rules: Sequence[Rule], ratio_file: Path | None) -> dict[str, float | str]:
+def ratios(
+    model: nn.Module, ratio: float, rules: Sequence[Rule], ratio_file: Path | None, bare: Collection[str] = ()
+) -> dict[str, float | str]:
     """The ratio asked of each weight, by parameter name; layers that stay dense are absent.
 
     Args:
@@ -58,22 +60,22 @@ def ratios(model: nn.Module, ratio: float, rules: Sequence[Rule], ratio_file: Pa
         rules: see `Rule`; layers that no rule matches stay dense.
         ratio_file: YAML with `prune_ratio: {parameter name: ratio or mXnY}`, as in DNN-Model-Prune; a prefix
             `module.` is dropped and unlisted parameters stay dense.
+        bare: further parameters that can be asked for, which are no layer's weight.
 
     Raises:
         ConfigError: both rules and a file, a rule that matches nothing, an unknown name, a ratio outside [0, 1).
     """
-    found = layers(model)
+    known = [*(Target(name, module) for name, module in layers(model).items()), *(target(model, name) for name in bare)]
+    found, names = {one.asked_as: one.module for one in known}, {one.asked_as: one.name for one in known}
     if rules and ratio_file:
         raise ConfigError("granularity: give either rules or ratio_file, not both")
     if ratio_file:
-        return _from_file(targets(model), ratio_file)
+        return _from_file(list(names.values()), ratio_file)
     if not rules:
-        return dict.fromkeys(targets(model), ratio)
+        return dict.fromkeys(names.values(), ratio)
     chosen = last_matches(found, rules, "granularity.rules")
     return {
-        Target(name, found[name]).name: ratio if rule.ratio is None else rule.ratio
-        for name, rule in chosen.items()
-        if not rule.exclude
+        names[name]: ratio if rule.ratio is None else rule.ratio for name, rule in chosen.items() if not rule.exclude
     }
 
 

@@ -113,7 +113,7 @@ class Session:
     def _look_at_network(self) -> None:
         """Forgets what was found out about another network; constraint sets are those of the weights as they are."""
         self._plan: Plan | None = None
-        self.asked = self.granularity.ratios(self.state.model)
+        self.asked = self.granularity.asked(self.state.model, self.criterion, self.plan)
         self.whole, self.constraints = self.granularity.split(self.state.model, self.asked)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated
 
 from prune_cli.config.nodes import Flat
@@ -20,6 +21,7 @@ from prune_cli.session.course import Course
 from prune_cli.session.perform import again, perform
 from prune_cli.session.posing import pose
 from prune_cli.session.session import Session, tags
+from prune_cli.structure.follow import analyse
 from prune_cli.training.training import Training
 
 
@@ -48,7 +50,7 @@ def check(
             "all of them; select on a split in finetune instead"
         )
     granularity.check(state.model, criterion, state.example_inputs())
-    first = _first(state, granularity, schedule)
+    first = _first(state, criterion, granularity, schedule)
     requirements.check(
         criterion, granularity, state.model, state.data, state.example_inputs(), trained=isinstance(first, Train)
     )
@@ -94,11 +96,14 @@ def prune(
     return session.result()
 
 
-def _first(state: State, granularity: Granularity, schedule: Schedule) -> Request | None:
+def _first(state: State, criterion: Criterion, granularity: Granularity, schedule: Schedule) -> Request | None:
     """What the schedule will ask first of this network; its parameters are checked by asking."""
-    asked = granularity.ratios(state.model)
     image, known, seed = state.example_inputs(), tags(state), state.stage_seed
-    problem = pose(granularity, state.model, image, asked=asked, masked={}, tags=known, seed=seed, rough=True)
+    plan = functools.cache(functools.partial(analyse, state.model, image))
+    asked = granularity.asked(state.model, criterion, plan)
+    problem = pose(
+        granularity, state.model, image, asked=asked, masked={}, tags=known, seed=seed, plan=plan, rough=True
+    )
     first = first_request(schedule, problem)
     if not problem.countable and (isinstance(first, Evaluate) or (isinstance(first, Mask) and first.kept is not None)):
         raise ConfigError(

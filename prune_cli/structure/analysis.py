@@ -19,7 +19,7 @@ from prune_cli.errors import SurgeryError
 from prune_cli.structure import interpreter as tracing
 from prune_cli.structure import propagate
 from prune_cli.structure.interpreter import Example, Fallbacks, Modules, Trace
-from prune_cli.structure.labels import Constraints, flat, marks_of
+from prune_cli.structure.labels import DECIDES, OUTPUTS, Constraints, flat, marks_of
 from prune_cli.structure.modules import named_tensors, walk
 from prune_cli.structure.plan import AxisOf, Family, Plan, Tally
 from prune_cli.structure.prunable import owner
@@ -46,7 +46,10 @@ def labelled(model: nn.Module, example: Example, fallbacks: Fallbacks, refused: 
                 constraints = both
                 traces.append(second)
                 used |= more
-        idle = [name for name, (tensor, _) in parameters.items() if id(tensor) not in used]
+        # A buffer is no layer: those that forward never reads (kept for a later call) say nothing about what runs.
+        idle = [
+            n for n, (tensor, _) in parameters.items() if isinstance(tensor, nn.Parameter) and id(tensor) not in used
+        ]
         refused = tuple(dict.fromkeys((*refused, *_undecided(traces, idle, constraints))))
     finally:
         propagate.unmark(parameters)
@@ -67,7 +70,9 @@ def _run(
     """The trace, and the identities of the tensors that took part."""
     trace = Trace(training)
     tracer = propagate.Labeller(modules, constraints, trace, fallbacks)
-    for output in tracing.execute(model, example, tracer, training):
+    outputs = tracing.execute(model, example, tracer, training)
+    constraints.begin(OUTPUTS, "")
+    for output in outputs:
         for label in marks_of(output).fields:
             constraints.freeze(label)
     return trace, tracer.used
@@ -79,12 +84,14 @@ def _undecided(traces: list[Trace], idle: list[str], constraints: Constraints) -
     for layer in sorted({layer for trace in traces for layer in trace.decides}):
         inside = f"{layer}." if layer else ""
         if left := [name for name in idle if name.startswith(inside)]:
+            why = f"{layer or 'the model'} chooses by its data what runs, and {left[0]} did not"
+            constraints.begin(DECIDES, why)
             for trace in traces:
                 for step in trace.steps:
                     if step.layer == layer or step.layer.startswith(inside):
                         for label in (label for _, marks in step.outs for label in marks.fields):
                             constraints.freeze(label)
-            yield f"{layer or 'the model'} chooses by its data what runs, and {left[0]} did not: its channels are kept"
+            yield f"{why}: its channels are kept"
 
 
 def _plan(
@@ -125,6 +132,11 @@ def _plan(
         for trace in traces
         for name, layer in trace.unknown.items()
     ]
+    places = (
+        (name, axis, start, tensor.shape[axis])
+        for name, (tensor, first) in parameters.items()
+        for axis, start in first.items()
+    )
     plan = Plan(
         MappingProxyType({name: MappingProxyType(value) for name, value in shared.items()}),
         ranged,
@@ -136,6 +148,7 @@ def _plan(
         tuple(traces),
         units,
         refused,
+        evidence=(constraints, tuple(places)),
     )
     for warning in plan.warnings:
         log.debug("%s", warning)

@@ -24,7 +24,7 @@ from prune_cli.structure.modules import names_a_width, walk, widths_of
 
 Edits = dict[str, dict[str, Any]]
 NO_NUMBERS = frozenset({bool, float, str, type(None), dict, OrderedDict, set})
-_LAYERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm, nn.Embedding, nn.PReLU)
+_LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, _NormBase, nn.GroupNorm, nn.Embedding, nn.PReLU)
 PAD = re.compile(r"front|before|first|left|pad")  # an attribute that may say how many channels of zeros come first
 INNER = re.compile(r"attn_dim|dim_attn|attention_dim|inner|all_head|value_dim|key_dim|qk_dim|d_attn|proj_dim|dim_out_v")
 
@@ -103,6 +103,13 @@ def apply(model: nn.Module, found: Edits) -> None:
 
 
 def _layer(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
+    if isinstance(dense, (nn.RNNBase, nn.RNNCellBase)):
+        layer = "_l0" if isinstance(dense, nn.RNNBase) else ""
+        rows, columns = getattr(small, f"weight_ih{layer}"), getattr(small, f"weight_hh{layer}")
+        found = {"input_size": rows.shape[1], "hidden_size": columns.shape[1]}
+        if getattr(dense, "proj_size", 0):
+            found |= {"proj_size": columns.shape[1], "hidden_size": getattr(small, f"weight_hr{layer}").shape[1]}
+        return found
     if not isinstance(dense, _LAYERS) and not hasattr(dense, "normalized_shape"):
         return {}
     weight = getattr(dense, "weight", None)
@@ -118,6 +125,8 @@ def _layer(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
         if groups > 1 and weight.shape[1] == 1:
             groups = groups * new.shape[0] // weight.shape[0]
         return {"in_channels": new.shape[1] * groups, "out_channels": new.shape[0], "groups": groups}
+    if isinstance(dense, nn.Bilinear):
+        return {"out_features": new.shape[0], "in1_features": new.shape[1], "in2_features": new.shape[2]}
     if isinstance(dense, nn.Linear):
         return {"in_features": new.shape[1], "out_features": new.shape[0]}
     if isinstance(dense, _NormBase):

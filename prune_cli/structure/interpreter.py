@@ -15,12 +15,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.cond import CondOp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prune_cli.errors import SurgeryError, first_line
-from prune_cli.structure.labels import Marks, marks_of
+from prune_cli.structure.labels import Kind, Marks, marks_of
 from prune_cli.structure.shape_only import HEAVY, LIGHT, SHAPED, VIEWS, ZeroBlocks, product, shaped, skipped
 
 Example = Any  # a tensor, a tuple of positional arguments or a dict of keyword arguments
@@ -129,6 +130,16 @@ def _batch_norm(original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> T
     return torch.native_batch_norm(*args[:8])[0]
 
 
+def _uncompiled(model: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`torch.compile`, which also decorates."""
+    return model if model is not None else lambda function: function
+
+
+def _branch(operator: Any, condition: Any, true: Callable[..., Any], false: Callable[..., Any], operands: Any) -> Any:
+    """`torch.cond` as an `if`."""
+    return true(*operands) if condition else false(*operands)
+
+
 class Tracer(TorchDispatchMode):
     """Keeps the stack of modules and counts operators; `visit` sees each one with its output.
 
@@ -166,6 +177,12 @@ class Tracer(TorchDispatchMode):
         replaced = ExitStack()
         replaced.enter_context(patch.object(nn.Module, "__call__", called))
         replaced.enter_context(patch.object(torch, "batch_norm", partial(_batch_norm, torch.batch_norm)))
+        # In inference mode a linear layer would come as one operator; without it nothing but the speed differs.
+        replaced.enter_context(patch.object(torch.inference_mode, "__enter__", lambda mode: None))
+        replaced.enter_context(patch.object(torch.inference_mode, "__exit__", lambda mode, *error: None))
+        # `torch.cond` compiles itself first; as what it means, an `if`, it says by itself which branch is not seen.
+        replaced.enter_context(patch.object(torch, "compile", _uncompiled))
+        replaced.enter_context(patch.object(CondOp, "__call__", _branch))
         return replaced
 
     @property
@@ -217,7 +234,8 @@ def scalar_of(name: str, args: tuple[Any, ...]) -> float | None:
         return None
     number = args[1]
     if isinstance(number, Tensor):
-        number = number.item() if number.dim() == 0 and not marks_of(number).fields else None
+        marks = marks_of(number)
+        number = number.item() if number.dim() == 0 and not marks.fields and marks.kind is not Kind.WEIGHT else None
     if not isinstance(number, (int, float)) or not number:
         return None
     return 1.0 / number if name == "div" else float(number)
@@ -287,6 +305,7 @@ def _quiet(tracer: Tracer, training: bool) -> Iterator[None]:
                 _forget(plain)
         torch.backends.mha.set_fastpath_enabled(False)
         torch._C._set_mkldnn_enabled(False)
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(tracer.patches())

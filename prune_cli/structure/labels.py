@@ -11,7 +11,7 @@ What belongs here: the data types and the equations between variables. What an o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 FIXED, ANY = 0, -1
+OUTPUTS, DECIDES = "outputs", "decides"  # what fixes channels beside operators
 
 
 class Kind(Enum):
@@ -119,6 +120,7 @@ class Constraints:
     producers: list[np.ndarray] = field(default_factory=list)
     consumers: list[np.ndarray] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
+    origins: list[tuple[int, int, str, str]] = field(default_factory=list)  # see `begin`
     base: int = 0  # the first of the numbers below
     numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
@@ -129,6 +131,10 @@ class Constraints:
             if isinstance(value := getattr(self, name), list):
                 setattr(twin, name, list(value))
         return twin
+
+    def begin(self, operator: str, layer: str) -> None:
+        """What is said from now on is said by this operator."""
+        self.origins.append((len(self.edges), len(self.frozen), operator, layer))
 
     def fresh(self, size: int) -> Tensor:
         """New variables for one axis of a parameter."""
@@ -183,7 +189,7 @@ class Constraints:
         for array in self.frozen:
             lefts.append(array)
             rights.append(np.zeros_like(array))
-        classes = self._components(lefts, rights)
+        classes = self.components(zip(lefts, rights, strict=True))
         pending = [array for array in self.products if array.ndim > 1]
         while pending:
             extra_left, extra_right, rest = [], [], []
@@ -204,14 +210,16 @@ class Constraints:
                 break
             lefts += extra_left
             rights += extra_right
-            classes = self._components(lefts, rights)
+            classes = self.components(zip(lefts, rights, strict=True))
             pending = rest
         return classes
 
-    def _components(self, lefts: list[np.ndarray], rights: list[np.ndarray]) -> np.ndarray:
-        if not lefts:
+    def components(self, edges: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """The class of each variable by these equations alone; class 0 holds what equals FIXED."""
+        pairs = list(edges)
+        if not pairs:
             return np.arange(self.count)
-        left, right = np.concatenate(lefts), np.concatenate(rights)
+        left, right = np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs])
         real = (left >= 0) & (right >= 0) & (left != right)
         left, right = left[real], right[real]
         if len(left) > 8 * self.count:

@@ -9,6 +9,7 @@ import numpy as np
 
 from prune_cli.errors import SurgeryError
 from prune_cli.structure.interpreter import Example, Fallbacks, Trace
+from prune_cli.structure.labels import Constraints
 
 AxisOf = tuple[str, int]
 
@@ -63,6 +64,8 @@ class Plan:
         warnings: one line per operator that froze channels.
         norms: units that a norm over channels sees: there the masked network differs from the shrunk one.
         example: the example inputs.
+        evidence: what the analysis said about the variables, and (name, axis, first variable, size) of every axis, for
+            `whole.whole`.
     """
 
     axes: Mapping[str, Mapping[int, np.ndarray]]
@@ -76,6 +79,7 @@ class Plan:
     variables: np.ndarray = field(repr=False)  # unit id per variable of the traces
     refused: tuple[str, ...] = ()
     fallbacks: Fallbacks = field(default_factory=Fallbacks, repr=False)
+    evidence: tuple[Constraints, tuple[tuple[str, int, int, int], ...]] | None = field(default=None, repr=False)
 
     def everything(self) -> np.ndarray:
         """The `keep` array that removes nothing."""

@@ -133,6 +133,7 @@ class Labeller(Tracer):
             self.trace.literal = True
         local = labelled and (name in LOCAL or name in NORM_OPERATORS)
         source = (args[0].shape, marks_of(args[0])) if local else None
+        self.constraints.begin(name, layer)
         if found is None and labelled:
             self.trace.unknown[str(func)] = layer
         if call.level >= FROZEN_LEVEL:

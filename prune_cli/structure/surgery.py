@@ -132,6 +132,9 @@ def repoint(
 ) -> None:
     """Gives an optimizer of a network the parameters of a smaller one, in place; its moments are sliced along.
 
+    Moments are shaped like their parameter, or have length 1 along some axes (Adafactor's rows and columns). What an
+    optimizer keeps in other shapes cannot be sliced: where a parameter changed it starts anew.
+
     Args:
         optimizer: of the parameters of `dense`.
         dense: the network before.
@@ -140,13 +143,28 @@ def repoint(
     """
     twins = {id(p): (name, small.get_parameter(name)) for name, p in dense.named_parameters()}
     for group in optimizer.param_groups:
-        group["params"] = [twins[id(p)][1] if id(p) in twins else p for p in group["params"]]
+        group["params"][:] = [twins[id(p)][1] if id(p) in twins else p for p in group["params"]]
+    if getattr(optimizer, "_numel_cache", None) is not None:  # of LBFGS
+        optimizer._numel_cache = None  # type: ignore[attr-defined]
     for old in list(optimizer.state):
         if not isinstance(old, Tensor) or id(old) not in twins:
             continue
         name, new = twins[id(old)]
         state = optimizer.state.pop(old)
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == old.shape:
-                state[key] = sliced(value, kept.get(name, {}))
-        optimizer.state[new] = state
+        axes = kept.get(name, {})
+        if all(_follows(value, old) for value in state.values()):
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() == old.dim():
+                    state[key] = sliced(value, {a: kept_ for a, kept_ in axes.items() if value.shape[a] > 1})
+            optimizer.state[new] = state
+        elif not axes:
+            optimizer.state[new] = state
+
+
+def _follows(value: Any, parameter: Tensor) -> bool:
+    """Whether a part of an optimizer's state can be sliced with its parameter, or says nothing about single weights."""
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return value.dim() == parameter.dim() and all(
+            a in (1, b) for a, b in zip(value.shape, parameter.shape, strict=True)
+        )
+    return not isinstance(value, (list, tuple, dict))

@@ -151,3 +151,19 @@ def test_count_by_shapes_equals_count_by_values() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         functional_call(model, {}, (torch.zeros(1, 3, 32, 32),))
     assert cost(model, (3, 32, 32)).flops == counter.get_total_flops()
+
+
+def test_what_a_forward_pass_keeps_as_an_attribute_is_put_back():
+    class Caches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.cells = nn.Linear(4, 3), torch.ones(3)
+
+        def forward(self, x):
+            y = self.linear(x)
+            self.cells = self.cells.to(y.device)
+            return y + self.cells
+
+    model = Caches()
+    assert cost(model, (4,)).macs == 12 and not model.cells.is_meta
+    assert cost(model, {"x": torch.zeros(2, 4)}).macs == 24 and model(torch.zeros(1, 4)).shape == (1, 3)

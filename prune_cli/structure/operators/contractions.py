@@ -267,6 +267,63 @@ def _contract(
     return rest_a, rest_b
 
 
+def grouped_matmul(call: Call) -> Result:
+    """Rows that each go through one of several matrices, (rows, k) x (experts, k, m): experts stay, k and m are shared."""
+    left, right = call.args[:2]
+    if left.dim() == right.dim() == 3:
+        return matmul(call)
+    if left.dim() != 2 or right.dim() != 3:
+        raise Unsupported
+    a, b, shape, bias = marks_of(left), marks_of(right), call.out.shape, call.arg(3, "bias")
+    rest_a, rest_b = _contract(call, (a, 1), (b, 1), left.shape[1])
+    for label in (f for f in (*rest_a, *rest_b) if varied(f) != (2,)):
+        call.constraints.freeze(label)
+    lines = [vector(f, 2) for f in rest_b if varied(f) == (2,)]
+    if b.kind is Kind.WEIGHT:
+        call.constraints.producers += [line.numpy() for line in lines]
+    operands: list[tuple[Marks, Sequence[int]]] = [
+        (Marks(tuple(along(line, 1, shape) for line in lines), Kind.WEIGHT), shape)
+    ]
+    if bias is not None:  # (experts, m)
+        added = marks_of(bias)
+        for label in (f for f in added.fields if varied(f) != (1,)):
+            call.constraints.freeze(label)
+        of_columns = tuple(along(vector(f, 1), 1, shape) for f in added.fields if varied(f) == (1,))
+        operands.append((replace(added, fields=of_columns), (1, *bias.shape[1:])))
+    fields = merge(call, shape, operands)
+    factors = (*lines[:1], *(vector(f, 1) for f in b.fields if varied(f) == (1,)))
+    static = left.numel() * shape[1] // math.prod(f.numel() for f in factors)
+    call.constraints.work.append(Work(call.layer, static, factors))
+    return Marks(fields, Kind.DATA, bool(fields) and b.zero and (bias is None or marks_of(bias).zero))
+
+
+def bilinear(call: Call) -> Result:
+    """`nn.Bilinear`: x1 and x2 meet the second and third axis of a weight (out, in1, in2), whose first is the output's."""
+    left, weight, right = call.args[:3]
+    if [list(axes) for axes in call.args[3:7]] != [[1, 3], [0], [1, 2], [2, 3]]:
+        raise Unsupported
+    weights = marks_of(weight)
+    if any(len(varied(f)) != 1 for f in weights.fields):
+        raise Unsupported
+    lines = {varied(f)[0]: vector(f, varied(f)[0]) for f in weights.fields}
+    for tensor, axis in ((left, 1), (right, 2)):
+        marks, own = marks_of(tensor), [lines[axis]] if axis in lines else []
+        for label in (f for f in marks.fields if varied(f) != (1,)):
+            call.constraints.freeze(label)
+        met = [vector(f, 1) for f in marks.fields if varied(f) == (1,)]
+        if not met and marks.kind is Kind.UNIFORM:
+            continue
+        _meet(call, [*met, *own], zero=marks.zero or weights.zero)
+        call.constraints.consumers += [line.numpy() for line in own]
+    call.constraints.work.append(
+        Work(call.layer, left.shape[0] * weight.numel() // math.prod(map(len, lines.values())), tuple(lines.values()))
+    )
+    if 0 not in lines:
+        return NOTHING
+    call.constraints.producers.append(lines[0].numpy())
+    return Marks((along(lines[0], 1, call.out.shape),), Kind.DATA, weights.zero)
+
+
 def vector_product(call: Call) -> Result:
     """`mv`, `dot` and `vdot`: a matrix or a vector times a vector, as spectral_norm does with weights."""
     left, right = call.args[:2]

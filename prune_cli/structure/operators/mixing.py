@@ -48,7 +48,8 @@ def pointwise(call: Call) -> Result:
     inputs = call.inputs
     labelled = [t for t in inputs if marks_of(t).fields]
     if not labelled:
-        kinds = {marks_of(t).kind for t in inputs if t.dim()} or {Kind.DATA}
+        numbers = {marks_of(t).kind for t in inputs}
+        kinds = {marks_of(t).kind for t in inputs if t.dim()} or (numbers if numbers == {Kind.WEIGHT} else {Kind.DATA})
         for kind in (Kind.DATA, Kind.WEIGHT, Kind.UNIFORM):
             if kind in kinds:
                 return Marks(kind=kind)
@@ -129,7 +130,8 @@ def reduction(call: Call) -> Result:
         "var_mean",
         "std_mean",
     )
-    result = Marks(tuple(fields), marks.kind if fields else Kind.DATA, zero)
+    of_weight = marks.kind is Kind.WEIGHT and not results[0].dim()  # a number that follows what is kept of the weight
+    result = Marks(tuple(fields), marks.kind if fields or of_weight else Kind.DATA, zero)
     return result if len(results) == 1 else tuple(result for _ in results)
 
 

@@ -42,9 +42,12 @@ def flip(call: Call) -> Result:
 
 def repeat(call: Call) -> Result:
     """Repeats: the same operator on the labels, then constant axes are found again; a kernel repeated for every channel
-    fits any number of them."""
+    fits any number of them, and so do places (integers) that are repeated for every channel."""
     source, shape = call.args[0], call.out.shape
     marks = marks_of(source)
+    if not marks.fields and source.dim() == len(shape) and not source.is_floating_point():
+        wide = [axis for axis, n in enumerate(source.shape) if n == 1 < shape[axis]]
+        return Marks(tuple(along(call.constraints.fresh(shape[axis]), axis, shape) for axis in wide))
     fields = [compact(call.func(label, *call.args[1:], **call.kwargs)) for label in marks.fields]
     if marks.kind is Kind.WEIGHT and source.dim() == len(shape) > 2 and source.shape[0] == 1 < shape[0]:
         fields.append(along(call.constraints.fresh(shape[0]), 0, shape))
@@ -254,7 +257,7 @@ def cat(call: Call) -> Result:
         size = tuple(1 if d == axis else n for d, n in enumerate(shape))
         spread = {d for label in mine for d in varied(label)}
         size = tuple(1 if d in spread else n for d, n in enumerate(size))
-        across.append((replace(marks, fields=tuple(f.narrow(axis, 0, 1) for f in others)), size))
+        across.append((replace(marks, fields=tuple(_head(f, axis) for f in others)), size))
     line_shape = tuple(1 if d == axis else n for d, n in enumerate(out.shape))
     fields = [label.expand(out.shape) for label in merge(call, line_shape, across)]
     if any(label is not None for label in line):
@@ -262,6 +265,17 @@ def cat(call: Call) -> Result:
     kinds = {marks.kind for marks in part_marks}
     kind = kinds.pop() if len(kinds) == 1 else Kind.DATA
     return Marks(tuple(fields), kind, all(m.zero or m.kind is Kind.UNIFORM or not m.fields for m in part_marks))
+
+
+def _head(label: Tensor, axis: int) -> Tensor:
+    """One position along an axis, which may have none: a part that is empty must fit the others all the same."""
+    if label.shape[axis]:
+        return label.narrow(axis, 0, 1)
+    size = [1 if other == axis else n for other, n in enumerate(label.shape)]
+    last = label.storage_offset() + sum((n - 1) * stride for n, stride in zip(size, label.stride(), strict=True) if n)
+    if label.untyped_storage().nbytes() <= 8 * last:
+        raise Unsupported
+    return label.as_strided(size, label.stride())
 
 
 def _cat_line(
@@ -325,7 +339,7 @@ def index(call: Call) -> Result:
     """Indexing with tensors: axes that carry labels and are indexed are frozen, the others move."""
     source, out = call.args[0], call.out
     marks = marks_of(source)
-    if call.name in ("index_select", "gather"):
+    if call.name == "index_select":
         axes, func_args = {positive_axis(call.args[1], source.dim())}, call.args[1:]
     else:
         axes, func_args = set(), call.args[1:]
@@ -341,8 +355,6 @@ def index(call: Call) -> Result:
             call.constraints.freeze(label)
         if set(varied(label)) <= axes:
             continue
-        if call.name == "gather":
-            raise Unsupported
         if 0 in out.shape and out.dim() == source.dim() and len(axes) == 1:  # rows that the data choose: none here
             axis = next(iter(axes))
             fields.append(label.narrow(axis, 0, 1).expand(out.shape))

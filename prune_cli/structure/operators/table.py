@@ -14,9 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_cli.structure.labels import ANY, FIXED, NOTHING, Kind, Marks, Work, compact, marks_of, varied, without_fields
+from prune_cli.structure.labels import (
+    ANY,
+    FIXED,
+    NOTHING,
+    Kind,
+    Marks,
+    Work,
+    along,
+    compact,
+    marks_of,
+    varied,
+    vector,
+    without_fields,
+)
 from prune_cli.structure.operators.call import Call, Result, Unsupported, extent, freeze, merge
-from prune_cli.structure.operators.contractions import convolution, distances, embedding, matmul, vector_product
+from prune_cli.structure.operators.contractions import (
+    bilinear,
+    convolution,
+    distances,
+    embedding,
+    grouped_matmul,
+    matmul,
+    vector_product,
+)
 from prune_cli.structure.operators.mixing import (
     batch_norm,
     fourier,
@@ -50,6 +71,7 @@ from prune_cli.structure.operators.movement import (
     split,
     windows,
 )
+from prune_cli.structure.operators.scattering import gather, pack, scatter, unpack
 
 
 def factory(call: Call) -> Result:
@@ -76,7 +98,7 @@ def write(call: Call) -> Result:
     origin = marks_of(source)
     fields = merge(call, target.shape, [(marks, target.shape), (origin, extent(source))])
     if base is not None and fields and not marks.fields:
-        _write_base(call, base, target, fields)
+        _write_base(call, base, target, fields, origin.zero)
     return Marks(fields, Kind.DATA if fields else origin.kind, origin.zero and (marks.zero or not marks.fields))
 
 
@@ -101,8 +123,12 @@ def index_put(call: Call) -> Result:
     return Marks(fields, Kind.DATA, all(marks.zero for marks, _ in operands))
 
 
-def _write_base(call: Call, base: Tensor, view: Tensor, fields: tuple[Tensor, ...]) -> None:
+def _write_base(call: Call, base: Tensor, view: Tensor, fields: tuple[Tensor, ...], zero: bool) -> None:
     known = marks_of(base)
+    zero = zero and known.zero
+    if known.kind is Kind.UNIFORM and not known.fields and (whole := _spread(base, view, fields)) is not None:
+        base._prune_marks = Marks(whole, known.kind, zero)  # type: ignore[attr-defined]
+        return
     if len(fields) > 1 or len(known.fields) > 1 or not base.is_contiguous():
         for label in (*fields, *known.fields):
             call.constraints.freeze(label)
@@ -111,7 +137,22 @@ def _write_base(call: Call, base: Tensor, view: Tensor, fields: tuple[Tensor, ..
     label = known.fields[0].contiguous() if known.fields else torch.full(base.shape, empty, dtype=torch.int64)
     place = label.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())
     place.copy_(fields[0])
-    base._prune_marks = Marks((compact(label),), known.kind, known.zero)  # type: ignore[attr-defined]
+    base._prune_marks = Marks((compact(label),), known.kind, zero)  # type: ignore[attr-defined]
+
+
+def _spread(base: Tensor, view: Tensor, fields: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """The fields of a constant of which a part is written: all of it has them where the part has the whole of their axes,
+    as when steps of a sequence are written one after another. None where the part has less."""
+    places = {
+        (n, stride): axis for axis, (n, stride) in enumerate(zip(base.shape, base.stride(), strict=True)) if n > 1
+    }
+    whole = []
+    for label in fields:
+        axes = [places.get((view.shape[axis], view.stride(axis))) for axis in varied(label)]
+        if len(axes) != 1 or axes[0] is None:
+            return None
+        whole.append(along(vector(label, varied(label)[0]), axes[0], base.shape))
+    return tuple(whole)
 
 
 def constant(call: Call) -> Result:
@@ -161,7 +202,22 @@ RULES: dict[str, Callable[[Call], Result]] = {
     **dict.fromkeys(["unfold", "view_as_complex", "view_as_real"], windows),
     "channel_shuffle": channel_shuffle,
     "native_channel_shuffle": channel_shuffle,
-    **dict.fromkeys(["index", "index_select", "gather"], index),
+    **dict.fromkeys(["index", "index_select"], index),
+    "gather": gather,
+    **dict.fromkeys(
+        [
+            "scatter",
+            "scatter_add",
+            "scatter_reduce",
+            "index_add",
+            "index_copy",
+            "index_fill",
+            "index_reduce",
+        ],
+        scatter,
+    ),
+    "_pack_padded_sequence": pack,
+    "_pad_packed_sequence": unpack,
     **dict.fromkeys(
         [
             "sum",
@@ -202,6 +258,8 @@ RULES: dict[str, Callable[[Call], Result]] = {
     "_weight_norm_interface": weight_norm,
     "convolution": convolution,
     **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm"], matmul),
+    "_grouped_mm": grouped_matmul,
+    "_trilinear": bilinear,
     **dict.fromkeys(["mv", "dot", "vdot"], vector_product),
     **dict.fromkeys(["_cdist_forward", "_euclidean_dist"], distances),
     **dict.fromkeys(["embedding", "_embedding_bag", "_embedding_bag_forward_only"], embedding),
