@@ -98,7 +98,10 @@ def shrink(
 
     Returns:
         A new module of the same class, with the same names, smaller tensors, and on the example the outputs that the
-        given network has with those channels set to zero (norms over channels see only the channels that are left).
+        given network has with those channels set to zero. What is taken over channels (layer and group norms, also written
+        by hand, and softmax) sees only the channels that are left, as do statistics of a weight. It is compared with the
+        given network on the example, on other values, scaled, with the other sign, and with a batch twice as large.
+        Modules, and their hooks, run about ten times on copies of the inputs; what they keep in themselves is put back.
 
     Raises:
         ConfigError: a name that is not there, a value out of range, data missing that the criterion needs, a budget that

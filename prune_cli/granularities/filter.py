@@ -211,7 +211,7 @@ def _parts(context: Context, plan: Plan, family: Family) -> Tensor:
     units = torch.from_numpy(family.units)
     rows = [_pooled(context, plan, place)[units] for place in _places(context, family)]
     for name, axis in family.consumers:
-        scores = context.scores.get(name if name in context.prunable else _computed(name))
+        scores = context.scores.get(name if name in context.prunable else computed_weight(name))
         ids = torch.from_numpy(plan.axes[name][axis])
         if scores is not None and scores.dim() > 1 and scores.shape[axis] == len(ids):
             columns = scores.movedim(axis, 0).flatten(1).sum(1).double().cpu()
@@ -246,7 +246,9 @@ def _votes(context: Context, plan: Plan, family: Family, dead: Tensor) -> tuple[
 
 def _alive(context: Context, plan: Plan, family: Family) -> Tensor:
     """Which units are not masked away already, by unit id: those with a producer row that has something left."""
-    masked = [(name, axis) for name, axis in family.producers if name in context.masked]
+    places = [(slicing.magnitude_of(name) or name, axis) for name, axis in family.producers]  # where masks are
+    places = [place if place[0] in plan.axes else one for place, one in zip(places, family.producers, strict=True)]
+    masked = [(name, axis) for name, axis in places if name in context.masked]
     if not masked:
         return torch.ones(plan.size, dtype=torch.bool)
     alive = torch.zeros(plan.size, dtype=torch.bool)

@@ -8,8 +8,8 @@ positions of parameter axes. Everything else is arithmetic on arrays of unit ids
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -18,70 +18,152 @@ from torch import Tensor, nn
 from prune_cli.errors import SurgeryError
 from prune_cli.structure import interpreter as tracing
 from prune_cli.structure import propagate
-from prune_cli.structure.interpreter import Example, Fallbacks, Modules, Trace
+from prune_cli.structure.interpreter import Example, Modules
 from prune_cli.structure.labels import DECIDES, OUTPUTS, Constraints, flat, marks_of
-from prune_cli.structure.modules import named_tensors, walk
+from prune_cli.structure.looks import Looks
+from prune_cli.structure.modules import named_tensors, refuse_compiled, walk
+from prune_cli.structure.operators.statistics import labels_in
 from prune_cli.structure.plan import AxisOf, Family, Plan, Tally
 from prune_cli.structure.prunable import owner
+from prune_cli.structure.trace import Fallbacks, Look, Trace
 
 log = logging.getLogger(__name__)
+GUARD = 8  # operators that code may run before it says that something is wrong
+GUARDS = (ValueError, AssertionError, NotImplementedError, TypeError, KeyError)
+
+
+FLIPS = 6  # conditions that are answered the other way, one at a time
 
 
 def labelled(model: nn.Module, example: Example, fallbacks: Fallbacks, refused: tuple[str, ...]) -> Plan:
-    constraints = Constraints()
+    """Executes the network on labels and solves what was said."""
     modules = walk(model)
-    traces: list[Trace] = []
+    refuse_compiled(modules)
+    constraints = Constraints()
     parameters = propagate.mark_parameters(model, modules, constraints, fallbacks.tied)
+    run = _Run(model, example, modules, fallbacks, constraints)
     try:
-        trace, used = _run(model, example, modules, constraints, fallbacks, training=False)
-        traces.append(trace)
-        if any(id(tensor) not in used for tensor, _ in parameters.values()):  # an auxiliary head, for example
-            both = constraints.copy()
-            try:
-                second, more = _run(model, example, modules, both, fallbacks, training=True)
-            except SurgeryError:  # nothing that half a run said holds
-                log.debug("the model does not run in training mode on the example; auxiliary heads are not analysed")
-            else:
-                both.work = constraints.work
-                constraints = both
-                traces.append(second)
-                used |= more
+        run.evaluate()
+        if fallbacks.training or any(id(tensor) not in run.used for tensor, _ in parameters.values()):
+            run.train()  # an auxiliary head, for example
         # A buffer is no layer: those that forward never reads (kept for a later call) say nothing about what runs.
         idle = [
-            n for n, (tensor, _) in parameters.items() if isinstance(tensor, nn.Parameter) and id(tensor) not in used
+            name
+            for name, (tensor, _) in parameters.items()
+            if isinstance(tensor, nn.Parameter) and id(tensor) not in run.used
         ]
-        refused = tuple(dict.fromkeys((*refused, *_undecided(traces, idle, constraints))))
+        refused = tuple(dict.fromkeys((*refused, *run.warnings, *_undecided(run.traces, idle, run.constraints))))
+        for tensor, _ in parameters.values() if fallbacks.whole else ():
+            for label in marks_of(tensor).fields:
+                run.constraints.freeze(label)
     finally:
         propagate.unmark(parameters)
-    classes = constraints.solve()
-    plan = _plan(model, example, parameters, constraints, classes, traces, refused)
+    classes = run.constraints.solve()
+    plan = _plan(model, example, parameters, run.constraints, classes, run.traces, refused)
     return replace(plan, fallbacks=fallbacks)
 
 
-def _run(
-    model: nn.Module,
-    example: Example,
-    modules: Modules,
-    constraints: Constraints,
-    fallbacks: Fallbacks,
-    *,
-    training: bool,
-) -> tuple[Trace, set[int]]:
-    """The trace, and the identities of the tensors that took part."""
-    trace = Trace(training)
-    tracer = propagate.Labeller(modules, constraints, trace, fallbacks)
-    outputs = tracing.execute(model, example, tracer, training)
-    constraints.begin(OUTPUTS, "")
-    for output in outputs:
-        for label in marks_of(output).fields:
-            constraints.freeze(label)
-    return trace, tracer.used
+@dataclass(slots=True)
+class _Run:
+    """The executions of one network, and what they said together.
+
+    Attributes:
+        used: identities of the tensors that took part.
+        warnings: a line per module that looks at values of its data.
+    """
+
+    model: nn.Module
+    example: Example
+    modules: Modules
+    fallbacks: Fallbacks
+    constraints: Constraints
+    traces: list[Trace] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)
+    warnings: list[str] = field(default_factory=list)
+
+    def evaluate(self) -> None:
+        """Runs in evaluation mode; again on real values where the network looks at values or does not run on zeros."""
+        trace, constraints = Trace(0), self.constraints.copy()
+        try:
+            used, _ = self._execute(Looks(trace), constraints)
+            if not trace.looks:
+                self._adopt(trace, constraints, used)
+                return
+        except SurgeryError:
+            log.debug("the model does not run on zeros; executed on its real values")
+        real, again = Looks(Trace(0), real=True), self.constraints.copy()
+        used, _ = self._execute(real, again)
+        if not real.trace.looks:  # what it looked at does not depend on the input
+            real.trace.values = None
+        self._adopt(real.trace, again, used)
+        conditions = [look.layer for look in real.trace.looks if look.answer == "condition"]
+        open_ = {look.layer for look in real.trace.looks if look.answer == "number"} | set(conditions[FLIPS:])
+        for number, layer in enumerate(conditions[:FLIPS]):
+            if not self._answer_otherwise(number):
+                open_.add(layer)
+        real.freeze(open_, self.constraints)
+        self.warnings += _lines(real.trace.looks)
+
+    def _answer_otherwise(self, number: int) -> bool:
+        """Follows the code behind the other answer to a condition; False where it does not run, but for a guard: code
+        that ends in an error."""
+        looks, constraints = Looks(Trace(2 + number), real=True, flip=number), self.constraints.copy()
+        try:
+            used, _ = self._execute(looks, constraints)
+        except SurgeryError as error:
+            after = looks.trace.steps[looks.flipped_at or 0 :]
+            return len(after) <= GUARD and isinstance(error.__cause__, GUARDS)
+        self._adopt(looks.trace, constraints, used)
+        return True
+
+    def train(self) -> None:
+        """Runs in training mode, if the network does."""
+        real = self.traces[0].values is not None
+        looks, constraints = Looks(Trace(1), real=real), self.constraints.copy()
+        try:
+            used, _ = self._execute(looks, constraints)
+        except SurgeryError:  # nothing that half a run said holds
+            log.debug("the model does not run in training mode on the example; auxiliary heads are not analysed")
+            return
+        constraints.work = self.constraints.work
+        self._adopt(looks.trace, constraints, used)
+
+    def _adopt(self, trace: Trace, constraints: Constraints, used: set[int]) -> None:
+        if self.traces:  # multiply-adds are those of the example
+            constraints.work = self.constraints.work
+        self.traces.append(trace)
+        self.constraints = constraints
+        self.used |= used
+
+    def _execute(self, looks: Looks, constraints: Constraints) -> tuple[set[int], propagate.Labeller]:
+        labeller = propagate.Labeller(self.modules, constraints, looks.trace, self.fallbacks, looks)
+        outputs = tracing.execute(self.model, self.example, labeller, looks.trace.training)
+        constraints.begin(OUTPUTS, "")
+        for output in outputs:
+            for label in (*marks_of(output).fields, *labels_in(output)):
+                constraints.freeze(label)
+        return labeller.used, labeller
+
+
+def _lines(looks: Sequence[Look]) -> Iterator[str]:
+    """What a module that looks at values means for the small network."""
+    by_layer: dict[str, list[str]] = {}
+    for look in looks:
+        by_layer.setdefault(look.layer, []).append(
+            look.name.removeprefix("_local_scalar_dense") or "a number or condition"
+        )
+    for layer, names in by_layer.items():
+        yield (
+            f"{layer or 'the model'} looks at values of its data ({', '.join(dict.fromkeys(names))}): other inputs may run "
+            "other code than the example did"
+        )
 
 
 def _undecided(traces: list[Trace], idle: list[str], constraints: Constraints) -> Iterator[str]:
     """Keeps the channels in modules that decide by their data which layers run, where some did not: nobody knows
     what those layers would read."""
-    for layer in sorted({layer for trace in traces for layer in trace.decides}):
+    decides = {look.layer for trace in traces for look in trace.looks if look.answer != "rows"}
+    for layer in sorted(decides):
         inside = f"{layer}." if layer else ""
         if left := [name for name in idle if name.startswith(inside)]:
             why = f"{layer or 'the model'} chooses by its data what runs, and {left[0]} did not"

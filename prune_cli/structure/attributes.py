@@ -1,15 +1,15 @@
 """Widths that live in Python: module attributes (`in_channels`, `normalized_shape`, `num_heads`) that must follow.
 
-Known layers take theirs from their new weights. In other modules an integer that equals an old size near by (the
-module's own parameters, else those of the layers inside it, else the heads that its views cut) gets the new size. A
-wrong guess is harmless: the check forward refuses it and the channels are kept.
+Known layers take theirs from their new weights. Of other modules an integer changes only where the labelled run read it: it
+gets the new number of what an operator counted with it; one that sizes of channels were reckoned from gets the new size
+that its module's tensors (else those inside it, else the heads that its views cut) have in place of the old one. What only
+looks like a width, because it was read for something else or not at all, stays.
 """
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prune_cli.structure.attention import HEAD_COUNTS
-from prune_cli.structure.interpreter import Trace
 from prune_cli.structure.labels import varied
-from prune_cli.structure.modules import names_a_width, walk, widths_of
+from prune_cli.structure.modules import LAYERS, lendable, names_in_forward, walk
+from prune_cli.structure.prunable import Target
+from prune_cli.structure.reads import Origin
+from prune_cli.structure.trace import Trace
 
 Edits = dict[str, dict[str, Any]]
-NO_NUMBERS = frozenset({bool, float, str, type(None), dict, OrderedDict, set})
-_LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, _NormBase, nn.GroupNorm, nn.Embedding, nn.PReLU)
-PAD = re.compile(r"front|before|first|left|pad")  # an attribute that may say how many channels of zeros come first
 INNER = re.compile(r"attn_dim|dim_attn|attention_dim|inner|all_head|value_dim|key_dim|qk_dim|d_attn|proj_dim|dim_out_v")
 
 
@@ -35,7 +34,7 @@ def edits(
     traces: tuple[Trace, ...],
     units: np.ndarray,
     keep: np.ndarray,
-    guesses: Mapping[str, int],
+    compared: Set[tuple[str, str]],
 ) -> Edits:
     """New values of attributes.
 
@@ -45,7 +44,7 @@ def edits(
         traces: executions of the dense network.
         units: unit id per variable.
         keep: bool per unit id.
-        guesses: module name -> how attributes of unknown meaning are set (trace.Fallbacks).
+        compared: (module, attribute) that are widths too, as earlier checks have taught.
 
     Returns:
         Module name -> attribute -> new value; ints and lists of ints.
@@ -53,27 +52,25 @@ def edits(
     found: Edits = {}
     modules, twins = walk(dense), dict(walk(small))
     sizes = {name: _sizes(module, twins[name]) for name, module in modules}
-    splits = _splits(traces, units, keep)
-    for name, pairs in splits:
+    for name, pairs in _splits(traces, units, keep):
         sizes[name].extend([*pairs, (sum(old for old, _ in pairs), sum(new for _, new in pairs))])
     inside = Inside(sizes)
-    changed = frozenset(old for pairs in sizes.values() for old, new in pairs if old != new)
     cuts = _cut_sizes(traces, units, keep)
-    pads, bounds = _pads(traces, units, keep), _bounds(traces, units, keep)
     shapes = _norm_shapes(traces, units, keep)
+    counted = _counted(traces, units, keep)
+    flows = {place for trace in traces for place in trace.flows} | compared
     for name, module in modules:
         changes = _layer(module, twins[name])
         if name in shapes and hasattr(module, "normalized_shape"):
             changes["normalized_shape"] = shapes[name]
-        if not (changes and type(module).__module__.startswith("torch.nn.modules")):
-            others = _others(module, name, inside, changed, cuts.get(name, ()), guesses.get(name, 0))
-            changes |= {k: v for k, v in others.items() if k not in changes}
-        changes |= _part_sizes(module, [pairs for layer, pairs in splits if layer == name])
-        for old, new in bounds.get(name, {}).items():
-            changes |= dict.fromkeys(widths_of(module, old), new)
-        if name in pads:
-            old, new = pads[name]
-            changes |= {k: new for k, v in vars(module).items() if PAD.search(k) and type(v) is int and v == old}
+        keys = [
+            key for key in lendable(module) if (name, key) in flows or any(o.key == key for o in counted.get(name, ()))
+        ]
+        if keys:
+            numbers = {key: module.__dict__[key] for key in keys if (name, key) in flows}
+            others = _others(numbers, name, inside, cuts.get(name, ())) if numbers else {}
+            others |= _as_counted(module, keys, others, counted.get(name, {}))
+            changes |= {key: value for key, value in others.items() if key not in changes}
         changes = {
             key: value
             for key, value in changes.items()
@@ -82,6 +79,72 @@ def edits(
         if changes:
             found[name] = changes
     return found
+
+
+def _counted(
+    traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray
+) -> dict[str, dict[Origin, set[int | None]]]:
+    """By module: attribute -> what operators that took it as a size need it to be; None where it must stay."""
+    found: dict[str, dict[Origin, set[int | None]]] = {}
+    for trace in traces:
+        for origin, label, axis in trace.uses:
+            new: int | None = None
+            if label is not None:
+                axes = varied(label)
+                kept = _keep(_dense(label, axes), units, keep)
+                new = (
+                    int(kept.any(axis=tuple(i for i, a in enumerate(axes) if a != axis)).sum())
+                    if axis in axes
+                    else None
+                )
+            found.setdefault(origin.module, {}).setdefault(origin, set()).add(new)
+    return found
+
+
+def _as_counted(
+    module: nn.Module, keys: Sequence[str], guessed: Mapping[str, Any], counted: Mapping[Origin, set[int | None]]
+) -> dict[str, Any]:
+    """Attributes with what operators count; where those do not agree, the old value: the check will say which failed."""
+    changes: dict[str, Any] = {}
+    for key in keys:
+        old = module.__dict__[key]
+        items = [old] if isinstance(old, int) else list(old)
+        new = items.copy() if key not in guessed else [guessed[key]] if isinstance(old, int) else list(guessed[key])
+        for origin, wanted in counted.items():
+            if origin.key == key:
+                place = origin.place or 0
+                numbers = {items[place] if one is None else one for one in wanted}
+                new[place] = numbers.pop() if len(numbers) == 1 else items[place]
+        changes[key] = new[0] if isinstance(old, int) else new
+    return changes
+
+
+def unread(dense: nn.Module, traces: tuple[Trace, ...], found: Edits, sizes: Set[int]) -> list[str]:
+    """Attributes that equal a width that changed, stay as they are, and may be read by code that did not run.
+
+    Args:
+        dense: the dense network.
+        traces: its executions.
+        found: the attributes that change.
+        sizes: the old widths.
+
+    Returns:
+        `module.attribute`, sorted.
+    """
+    read = {
+        (o.module, o.key) for trace in traces for o in (*(u.origin for u in trace.uses), *(t[2] for t in trace.touched))
+    }
+    read |= {place for trace in traces for place in trace.flows}
+    left = []
+    for name, module in walk(dense):
+        kind: type = type(module)
+        names = names_in_forward(kind)
+        for key in lendable(module) if names else ():
+            value = module.__dict__[key]
+            items = {value} if isinstance(value, int) else set(value)
+            if key in names and (name, key) not in read and key not in found.get(name, {}) and items & sizes:
+                left.append(f"{name}.{key}" if name else key)
+    return sorted(left)
 
 
 def _plain(value: Any) -> Any:
@@ -103,14 +166,14 @@ def apply(model: nn.Module, found: Edits) -> None:
 
 
 def _layer(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
-    if isinstance(dense, (nn.RNNBase, nn.RNNCellBase)):
-        layer = "_l0" if isinstance(dense, nn.RNNBase) else ""
-        rows, columns = getattr(small, f"weight_ih{layer}"), getattr(small, f"weight_hh{layer}")
-        found = {"input_size": rows.shape[1], "hidden_size": columns.shape[1]}
-        if getattr(dense, "proj_size", 0):
-            found |= {"proj_size": columns.shape[1], "hidden_size": getattr(small, f"weight_hr{layer}").shape[1]}
-        return found
-    if not isinstance(dense, _LAYERS) and not hasattr(dense, "normalized_shape"):
+    if isinstance(dense, nn.MultiheadAttention):
+        return _attention(dense, small)
+    if isinstance(dense, nn.RNNBase):
+        return _recurrent(dense, small) if "weight_ih_l0" in dense._parameters else {}
+    if isinstance(dense, nn.RNNCellBase):
+        rows, columns = small.get_parameter("weight_ih"), small.get_parameter("weight_hh")
+        return {"input_size": rows.shape[1], "hidden_size": columns.shape[1]}
+    if not isinstance(dense, LAYERS) and not hasattr(dense, "normalized_shape"):
         return {}
     weight = getattr(dense, "weight", None)
     if not isinstance(weight, Tensor):
@@ -140,6 +203,22 @@ def _layer(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
     if hasattr(dense, "normalized_shape"):
         return {"normalized_shape": list(new.shape)}
     return {}
+
+
+def _attention(dense: nn.MultiheadAttention, small: nn.Module) -> dict[str, Any]:
+    """The number of heads stays: equal positions go from every head."""
+    width = Target("out_proj", small.get_submodule("out_proj")).weight.shape[0]
+    changes = {"embed_dim": width, "head_dim": width // dense.num_heads, "kdim": width, "vdim": width}
+    if "q_proj_weight" in small._parameters and small._parameters["q_proj_weight"] is not None:
+        changes |= {f"{one}dim": small.get_parameter(f"{one}_proj_weight").shape[1] for one in "kv"}
+    return changes
+
+
+def _recurrent(dense: nn.RNNBase, small: nn.Module) -> dict[str, Any]:
+    gates = dense.get_parameter("weight_ih_l0").shape[0] // dense.hidden_size
+    inputs, states = small.get_parameter("weight_ih_l0"), small.get_parameter("weight_hh_l0")
+    sizes = {"input_size": inputs.shape[1], "hidden_size": inputs.shape[0] // gates}
+    return sizes | ({"proj_size": states.shape[1]} if dense.proj_size else {})
 
 
 def _groups(dense: nn.GroupNorm, new: Tensor) -> int:
@@ -180,24 +259,7 @@ class Inside:
                     yield pair
 
 
-def _others(
-    dense: nn.Module, name: str, inside: Inside, changed: frozenset[int], cuts: Any, guess: int
-) -> dict[str, Any]:
-    if guess > 1:
-        return {}
-    numbers = {
-        key: value
-        for key, value in dense.__dict__.items()
-        if type(value) not in NO_NUMBERS and _is_width(value) and names_a_width(key)
-    }
-    if not cuts and numbers:  # only what changed somewhere can change here
-        numbers = {
-            key: value
-            for key, value in numbers.items()
-            if not changed.isdisjoint((value,) if isinstance(value, int) else value)
-        }
-    if not numbers:
-        return {}
+def _others(numbers: Mapping[str, Any], name: str, inside: Inside, cuts: Any) -> dict[str, Any]:
     near: dict[int, int] | None = None
     wide: dict[int, int] = {}
     changes: dict[str, Any] = {}
@@ -208,10 +270,10 @@ def _others(
             if found or "head" in key:
                 continue
         if near is None:
-            near = _table(iter(inside.sizes[name]), guess)
+            near = _table(iter(inside.sizes[name]))
         items = [value] if isinstance(value, int) else list(value)
         if not wide and any(item not in near for item in items):
-            wide = _table(inside.below(name, numbers.values()), guess)
+            wide = _table(inside.below(name, numbers.values()))
         items = [near.get(item, wide.get(item, item)) for item in items]
         changes[key] = items[0] if isinstance(value, int) else items
     return changes
@@ -224,39 +286,13 @@ def _head(key: str, value: Any, cuts: dict[tuple[str, int], int]) -> dict[str, A
     return {key: cuts[role, value]} if isinstance(value, int) and (role, value) in cuts else {}
 
 
-def _is_width(value: Any) -> bool:
-    sort = type(value)
-    if sort is int:
-        return bool(value > 1)
-    if sort is bool or not isinstance(value, (int, list, tuple)):
-        return False
-    if isinstance(value, int):
-        return value > 1
-    return bool(value) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-
-
-def _table(sizes: Iterator[tuple[int, int]], guess: int) -> dict[int, int]:
-    """Old size -> new size; where old sizes went different ways the most frequent, or the next one."""
+def _table(sizes: Iterator[tuple[int, int]]) -> dict[int, int]:
+    """Old size -> new size; where old sizes went different ways the most frequent."""
     votes: dict[int, dict[int, int]] = {}
     for old, new in sizes:
         tally = votes.setdefault(old, {})
         tally[new] = tally.get(new, 0) + 1
-    ranked = {old: sorted(tally, key=lambda new: (-tally[new], new)) for old, tally in votes.items()}
-    return {old: news[min(guess, len(news) - 1)] for old, news in ranked.items()}
-
-
-def _pads(traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray) -> dict[str, tuple[int, int]]:
-    """Per module that pads channels: how many zeros it puts first, and how many of them stay."""
-    return {layer: (len(line), int(_keep(line, units, keep).sum())) for trace in traces for layer, line in trace.pads}
-
-
-def _bounds(traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray) -> dict[str, dict[int, int]]:
-    """Per module that slices channels: bound -> how many of the positions before it stay."""
-    found: dict[str, dict[int, int]] = {}
-    for trace in traces:
-        for layer, line in trace.bounds:
-            found.setdefault(layer, {})[len(line)] = int(_keep(line, units, keep).sum())
-    return found
+    return {old: min(tally, key=lambda new: (-tally[new], new)) for old, tally in votes.items()}
 
 
 def _cut_sizes(
@@ -267,15 +303,7 @@ def _cut_sizes(
     for trace in traces:
         for cut in trace.cuts:
             axes = varied(cut.label)
-            kept = _keep(
-                cut.label.as_strided(
-                    [cut.label.shape[a] for a in axes],
-                    [cut.label.stride(a) for a in axes],
-                    cut.label.storage_offset(),
-                ),
-                units,
-                keep,
-            )
+            kept = _keep(_dense(cut.label, axes), units, keep)
             for i, axis in enumerate(axes):
                 new = int(kept.any(axis=tuple(j for j in range(len(axes)) if j != i)).sum())
                 role = "dims" if axis == len(cut.sizes) - 1 else "heads"
@@ -298,18 +326,6 @@ def _splits(
     ]
 
 
-def _part_sizes(module: nn.Module, splits: list[tuple[tuple[int, int], ...]]) -> dict[str, list[int]]:
-    """Attributes that list the sizes of the parts of a split."""
-    return {
-        key: [new for _, new in pairs]
-        for pairs in splits
-        for key, value in vars(module).items()
-        if isinstance(value, (list, tuple))
-        and all(type(item) is int for item in value)
-        and list(value) == [old for old, _ in pairs]
-    }
-
-
 def _norm_shapes(traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for trace in traces:
@@ -317,6 +333,10 @@ def _norm_shapes(traces: tuple[Trace, ...], units: np.ndarray, keep: np.ndarray)
             if len(shape) == 1:
                 shapes[layer] = [int(_keep(label, units, keep).sum())]
     return shapes
+
+
+def _dense(label: Tensor, axes: Sequence[int]) -> Tensor:
+    return label.as_strided([label.shape[a] for a in axes], [label.stride(a) for a in axes], label.storage_offset())
 
 
 def _keep(label: Tensor, units: np.ndarray, keep: np.ndarray) -> np.ndarray:

@@ -1,33 +1,112 @@
-"""Executes the small network beside the trace of the dense one and refuses the first operator that did not follow."""
+"""Executes the small network beside the trace of the dense one and refuses the operators that did not follow.
+
+After an operator that did not follow, the run goes on with zeros of the shape that was expected: one run finds them all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prune_cli.errors import first_line
 from prune_cli.structure import interpreter
 from prune_cli.structure.attention import scales_queries
-from prune_cli.structure.interpreter import FREE, LOCAL, Modules, Refused, Step, Trace, Tracer, scalar_of
+from prune_cli.structure.interpreter import FREE, LOCAL, Modules, Refused, Tracer, numbers_of, scalar_of
 from prune_cli.structure.labels import NOTHING, Kind, Marks, beside_labels, varied
+from prune_cli.structure.looks import replayed
 from prune_cli.structure.modules import walk
 from prune_cli.structure.operators.movement import padded
 from prune_cli.structure.plan import Plan
+from prune_cli.structure.trace import Step, Trace
 
 RESHAPES = {"view", "_unsafe_view"}
+DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+MANY = 1000  # refusals of one run, after which it ends
 
 
 class Checker(Tracer):
     """Executes the small network and compares every step with the dense one."""
 
-    def __init__(self, modules: Modules, trace: Trace, keep: Tensor):
+    def __init__(self, modules: Modules, trace: Trace, keep: Tensor, *, training: bool):
         super().__init__(modules)
+        self.training = training
         self.trace, self.keep = trace, keep  # keep[variable + 1], ANY first
         self.sizes: dict[int, tuple[int, ...] | None] = {}  # by identity of a label, which the trace keeps alive
         self.scales: dict[str, float] = {}  # layer -> change of the numbers that it multiplies by
+        self.refusals: list[Refused] = []
+
+    def patches(self) -> ExitStack:
+        replaced = super().patches()
+        replayed(self, self.trace, replaced)
+        for name in DROPOUTS if self.training and not self.trace.training else ():
+            replaced.enter_context(patch.object(nn.functional, name, lambda tensor, *args, **kwargs: tensor))
+        return replaced
+
+    def known(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], looks: bool) -> Any:
+        """What the dense network found here, where it looks at values."""
+        if self.trace.values is None or self.ordinal not in self.trace.values:
+            return None
+        value, step = self.trace.values[self.ordinal], self.trace.steps[self.ordinal]
+        if not isinstance(value, list) or step.name != name:
+            return None if isinstance(value, list) else value
+        return self._made(step, func, args, value)
+
+    def _made(self, step: Step, func: Any, args: tuple[Any, ...], values: Sequence[Tensor | None] = ()) -> Any:
+        """Outputs of an operator without running it: what is known of them, and zeros of the shapes that are expected;
+        None where that is not known."""
+        given = next((a for a in args if isinstance(a, Tensor)), None)
+        device = given.device if given is not None else None
+        made: list[Tensor] = []
+        for (shape, marks), dtype, value in zip(step.outs, step.dtypes, values or [None] * len(step.outs), strict=True):
+            expected = self.shape(shape, marks)
+            if value is None and (expected is None or FREE in expected):
+                return None
+            tensor = (
+                torch.zeros(expected or (), dtype=dtype, device=device) if value is None else value.to(device).clone()
+            )
+            tensor._prune_hollow = value is None and dtype.is_floating_point  # type: ignore[attr-defined]
+            made.append(tensor)
+        if func._schema.is_mutable:
+            if len(made) != 1 or given is None or given.shape != made[0].shape:
+                return None
+            return given if not values else given.copy_(made[0])
+        returns = func._schema.returns
+        if len(returns) == 1:
+            return made if "Tensor[]" in str(returns[0].type) or str(returns[0].type).startswith("List") else made[0]
+        return tuple(made) if len(returns) == len(made) else None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except Refused as refused:
+            error = refused
+        except Exception as raised:  # what torch says about shapes
+            error = self._refused(f"{type(raised).__name__}: {first_line(raised)}"[:200])
+        step = self.trace.steps[self.ordinal] if self.ordinal < len(self.trace.steps) else None
+        if step is None or {step.name, self.name} not in ({step.name}, RESHAPES) or len(self.refusals) >= MANY:
+            raise error
+        instead = self._made(step, func, args)
+        if instead is None:
+            raise error
+        self.refusals.append(error)
+        self.running = self.busy = False
+        return instead
+
+    @property
+    def name(self) -> str:
+        """The operator that runs, in-place relatives without underscore."""
+        return self.current[:-1] if self.current.endswith("_") else self.current
+
+    def _refused(self, why: str) -> Refused:
+        return Refused(min(self.ordinal, len(self.trace.steps) - 1), self.layer, self.name, why)
 
     def failed(self, why: str) -> Exception:
         """An error between two operators: the next one is where the width is spelt out."""
@@ -45,6 +124,10 @@ class Checker(Tracer):
             if name not in ("mul", "div") or not scales_queries(self.stack[-1][1]):
                 raise Refused(self.ordinal, self.layer, name, f"its number was {step.scalar:.6g} and became {now:.6g}")
             self.scales[self.layer] = self.scales.get(self.layer, 1.0) * now / step.scalar
+        if step.numbers:
+            numbers = numbers_of(name, args, kwargs)
+            if numbers != step.numbers and repr(numbers) != repr(step.numbers):  # nan is not equal to itself
+                raise Refused(self.ordinal, self.layer, name, f"its numbers were {step.numbers} and became {numbers}")
         outs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
         for tensor, (shape, marks) in zip(outs, step.outs, strict=True):
             if marks.kind is Kind.UNIFORM and not marks.fields:
@@ -152,26 +235,36 @@ def _dense(label: Tensor, axes: Sequence[int]) -> Tensor:
     return label.as_strided([label.shape[a] for a in axes], [label.stride(a) for a in axes], label.storage_offset())
 
 
-def check(small: nn.Module, plan: Plan, keep: np.ndarray) -> dict[str, float]:
+def examine(
+    small: nn.Module, plan: Plan, keep: np.ndarray, *, training: bool = False
+) -> tuple[list[Refused], dict[str, float]]:
     """Executes the small network beside the traces of the dense one.
 
-    Returns:
-        Per attention layer, the change of the numbers that it multiplies by (a scale derived from its width).
+    Args:
+        small: the small network; values of its weights do not matter.
+        plan: of the dense one.
+        keep: bool per unit id.
+        training: executes it in training mode, dropout left out, also beside a trace in evaluation: where that agrees,
+            training runs the same operators.
 
-    Raises:
-        Refused: an operator did not follow the new widths.
+    Returns:
+        The operators that did not follow the new widths, in the order of traces and operators, and per attention layer the
+        change of the numbers that it multiplies by (a scale derived from its width).
     """
     present = keep.copy()
     present[0] = True
     of_variable = torch.from_numpy(np.concatenate([[True], present[plan.variables]]))
     modules = walk(small)
     scales: dict[str, float] = {}
+    refusals: list[Refused] = []
     for number, dense in enumerate(plan.traces):
-        checker = Checker(modules, dense, of_variable)
+        checker = Checker(modules, dense, of_variable, training=training or dense.training)
         try:
-            interpreter.execute(small, plan.example, checker, dense.training)
-        except interpreter.Refused as error:
-            error.trace = number
-            raise
+            interpreter.execute(small, plan.example, checker, checker.training)
+        except Refused as error:
+            checker.refusals.append(error)
+        for refusal in checker.refusals:
+            refusal.trace = number
+        refusals += checker.refusals
         scales = checker.scales | scales
-    return scales
+    return refusals, scales

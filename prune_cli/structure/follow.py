@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
-from prune_cli.errors import SurgeryError
 from prune_cli.progress import busy
 from prune_cli.structure import attention, checker, slicing
 from prune_cli.structure.analysis import labelled
-from prune_cli.structure.interpreter import FROZEN_LEVEL, Example, Fallbacks, Refused, Trace
+from prune_cli.structure.interpreter import Example, Refused
 from prune_cli.structure.keep import spared
+from prune_cli.structure.modules import walk
 from prune_cli.structure.plan import Plan
+from prune_cli.structure.trace import FROZEN_LEVEL, Fallbacks, Trace
 
 log = logging.getLogger(__name__)
+PATIENT, ROUNDS = 12, 24
+"""Rounds after which an operator that did not follow is frozen at once, and after which everything is kept."""
 
 # Operators whose rule knows more than one answer; any other is frozen when the small network did not follow it.
 LEVELLED = {
@@ -54,18 +57,20 @@ def analyse(model: nn.Module, example_inputs: Example) -> Plan:
 
     Args:
         model: the network; left as it was.
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; left as they were.
 
     Returns:
         The plan. The channels of the model's outputs are fixed.
 
     Raises:
-        SurgeryError: the model does not run on the example inputs.
+        SurgeryError: the model does not run on the example inputs, or a part of it is TorchScript.
     """
     plan = labelled(model, example_inputs, Fallbacks(), ())
-    if not any(trace.literal for trace in plan.traces):
-        return plan
-    return follow(model, plan, _trial)[0]
+    for line in plan.refused:
+        log.warning("%s", line)
+    if any(trace.literal for trace in plan.traces) or _unseen_training(plan):
+        plan = follow(model, plan, _trial)[0]
+    return plan
 
 
 def follow(
@@ -84,41 +89,70 @@ def follow(
     Raises:
         SurgeryError: the model can't be copied.
     """
-    for _ in range(400):
+    for number in range(ROUNDS):
         keep = choose(plan)
-        try:
-            return plan, keep, checker.check(slicing.hollow(model, plan, keep), plan, keep)
-        except Refused as error:
-            log.debug("not followed: %s", error)
-            plan = _other_guess(model, plan, keep, error) or _stricter(model, plan, error)
-    raise SurgeryError("no part of the model could be shrunk after 400 attempts; please report the model")
-
-
-def _other_guess(model: nn.Module, plan: Plan, keep: np.ndarray, error: Refused) -> Plan | None:
-    """The plan with another guess of the failing module's attributes, if that leads further."""
-    if plan.fallbacks.guesses.get(error.layer):
-        return None
-    code = {step.layer: step.code for step in plan.traces[error.trace].steps}
-    twins = [name for name, kind in code.items() if kind == code.get(error.layer)] if code.get(error.layer) else []
-    for guess in (1, 2):
-        for layers in (twins, [error.layer]):
-            guesses = {**plan.fallbacks.guesses, **dict.fromkeys(layers, guess)}
-            other = replace(plan, fallbacks=replace(plan.fallbacks, guesses=guesses))
-            if slicing.same_attributes(model, plan, other, keep):
+        small = slicing.hollow(model, plan, keep)
+        trained = _unseen_training(plan)
+        refusals, scales = checker.examine(small, plan, keep, training=trained)
+        if refusals and trained:  # training runs other code than evaluation, or none
+            refusals, scales = checker.examine(small, plan, keep)
+            if not refusals:
+                plan = labelled(model, plan.example, replace(plan.fallbacks, training=True), plan.refused)
                 continue
-            try:
-                checker.check(slicing.hollow(model, other, keep), other, keep)
-                return other
-            except Refused as again:
-                if (again.trace, again.ordinal) > (error.trace, error.ordinal):
-                    return other
-    return None
+        for error in refusals:
+            log.debug("not followed: %s", error)
+        if not refusals:
+            return plan, keep, scales
+        plan = _following(model, plan, keep, refusals) or _stricter(model, plan, refusals, number >= PATIENT)
+    line = f"after {ROUNDS} attempts the model still does not run smaller: all its channels are kept"
+    plan = labelled(model, plan.example, replace(plan.fallbacks, whole=True), (*plan.refused, line))
+    return plan, plan.everything(), {}
 
 
-def _stricter(model: nn.Module, plan: Plan, error: Refused) -> Plan:
-    """A plan that keeps the channels of one more operator, the one that did not follow."""
-    fallbacks = plan.fallbacks
-    module = dict(model.named_modules()).get(error.layer)
+def _unseen_training(plan: Plan) -> bool:
+    """Whether the network asks if it is being trained, and was not executed so."""
+    return plan.traces[0].trains and not plan.fallbacks.training and not any(trace.training for trace in plan.traces)
+
+
+def _following(model: nn.Module, plan: Plan, keep: np.ndarray, errors: Sequence[Refused]) -> Plan | None:
+    """The plan in which the attributes follow that the failing modules' code read just there, if that leads further."""
+    fallbacks, error = plan.fallbacks, errors[0]
+    codes = {name: attention.code_of(module) for name, module in walk(model)}
+    places = {place for one in errors for place in _read_near(plan.traces[one.trace], one, codes)}
+    places -= fallbacks.compared | fallbacks.dropped
+    if not places:
+        return None
+    other = replace(plan, fallbacks=replace(fallbacks, compared=fallbacks.compared | places))
+    if slicing.same_attributes(model, plan, other, keep):
+        return None
+    refusals, _ = checker.examine(slicing.hollow(model, other, keep), other, keep)
+    if not refusals or (refusals[0].trace, refusals[0].ordinal) > (error.trace, error.ordinal):
+        return other
+    if len({one.layer for one in errors}) > 1:
+        return _following(model, plan, keep, [error])
+    dropped = replace(plan, fallbacks=replace(fallbacks, dropped=fallbacks.dropped | places))
+    return _stricter(model, dropped, errors, False)
+
+
+def _read_near(trace: Trace, error: Refused, codes: Mapping[str, str]) -> set[tuple[str, str]]:
+    """(module, attribute) read by the code of the failing module, and of modules that run the same code."""
+    alike = {name for name, code in codes.items() if code and code == codes.get(error.layer)} | {error.layer}
+    here = {origin.key for at, layer, origin in trace.touched if layer == error.layer or 0 <= at - error.ordinal <= 1}
+    return {
+        (origin.module, origin.key)
+        for at, layer, origin in trace.touched
+        if origin.key in here and (layer in alike or 0 <= at - error.ordinal <= 1)
+    }
+
+
+def _stricter(model: nn.Module, plan: Plan, errors: Sequence[Refused], freeze: bool) -> Plan:
+    """A plan that keeps the channels of more operators: of those that did not follow, the first of every module.
+
+    Args:
+        freeze: whether their rules are not asked for anything in between any more.
+    """
+    fallbacks, error = plan.fallbacks, errors[0]
+    module = dict(walk(model)).get(error.layer)
     code = attention.code_of(module)
     if (
         module is not None
@@ -131,31 +165,36 @@ def _stricter(model: nn.Module, plan: Plan, error: Refused) -> Plan:
         fallbacks = replace(fallbacks, tied=fallbacks.tied | {code})
         return labelled(model, plan.example, fallbacks, plan.refused)
     levels = dict(fallbacks.levels)
-    _raise_level(plan, levels, error)
-    refused = (*plan.refused, f"{error}: its channels are kept")
+    treated: set[tuple[int, str]] = set()
+    for one in errors:
+        key = plan.traces[one.trace].kind, max(one.ordinal, 0)
+        if (one.trace, one.layer) not in treated and levels.get(key) == fallbacks.levels.get(key):
+            treated.add((one.trace, one.layer))
+            _raise_level(plan, levels, one, freeze)
+    refused = (*plan.refused, *(f"{one}: its channels are kept" for one in errors if (one.trace, one.layer) in treated))
     return labelled(model, plan.example, replace(fallbacks, levels=levels), tuple(dict.fromkeys(refused)))
 
 
-def _raise_level(plan: Plan, levels: dict[tuple[bool, int], int], error: Refused) -> None:
+def _raise_level(plan: Plan, levels: dict[tuple[int, int], int], error: Refused, freeze: bool) -> None:
     """Lets the operator that did not follow fix more; when it can't any more, its neighbours before it."""
     trace = plan.traces[error.trace]
     ordinal = max(error.ordinal, 0)
     while ordinal >= 0:
-        key = (trace.training, ordinal)
+        key = (trace.kind, ordinal)
         level = levels.get(key, 0)
         if level < FROZEN_LEVEL:
             passed = max(error.ordinal, 0) - ordinal
             # A module that was passed by far: ever larger strides back in it.
             for step in range(max(ordinal - passed, 0), ordinal if passed > 3 else 0):
                 if trace.steps[step].layer == trace.steps[ordinal].layer == error.layer:
-                    levels[(trace.training, step)] = FROZEN_LEVEL
-            most = LEVELLED.get(trace.steps[ordinal].name, 0)
+                    levels[(trace.kind, step)] = FROZEN_LEVEL
+            most = 0 if freeze else LEVELLED.get(trace.steps[ordinal].name, 0)
             for twin in _same_code(trace, ordinal):
-                levels[(trace.training, twin)] = level + 1 if level < most else FROZEN_LEVEL
+                levels[(trace.kind, twin)] = level + 1 if level < most else FROZEN_LEVEL
             return
         ordinal -= 1
     for step in range(len(trace.steps)):
-        levels[(trace.training, step)] = FROZEN_LEVEL
+        levels[(trace.kind, step)] = FROZEN_LEVEL
 
 
 def _same_code(trace: Trace, ordinal: int) -> list[int]:

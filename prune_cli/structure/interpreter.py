@@ -6,81 +6,31 @@ execution costs much less than a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.cond import CondOp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from prune_cli.errors import SurgeryError, first_line
-from prune_cli.structure.labels import Kind, Marks, marks_of
+from prune_cli.structure.labels import Kind, marks_of
+from prune_cli.structure.modules import may_train_otherwise
+from prune_cli.structure.originals import Originals
 from prune_cli.structure.shape_only import HEAVY, LIGHT, SHAPED, VIEWS, ZeroBlocks, product, shaped, skipped
 
 Example = Any  # a tensor, a tuple of positional arguments or a dict of keyword arguments
 Modules = Sequence[tuple[str, nn.Module]]  # dotted names and modules, from walk
-
-
-class Step(NamedTuple):
-    """One executed operator: what the small network is compared with."""
-
-    name: str
-    func: Any
-    layer: str
-    outs: tuple[tuple[tuple[int, ...], Marks], ...]
-    source: tuple[tuple[int, ...], Marks] | None = None  # of operators that pick positions or normalise
-    norm: bool = False  # runs in a module that normalises
-    code: str = ""  # class of the module, "" for single layers
-    scalar: float | None = None  # a number among the operands
-
-
-@dataclass(slots=True)
-class Cut:
-    """A view in an attention module that cut channels into heads: which sizes the module's attributes may
-    name."""
-
-    layer: str
-    sizes: tuple[int, ...]
-    label: Tensor
-
-
-@dataclass(slots=True)
-class Trace:
-    """One execution of the dense network."""
-
-    training: bool
-    steps: list[Step] = field(default_factory=list)
-    cuts: list[Cut] = field(default_factory=list)
-    widths: list[tuple[str, tuple[int, ...], Tensor]] = field(default_factory=list)
-    splits: list[tuple[str, tuple[Tensor, ...]]] = field(default_factory=list)  # layer, labels of the parts of an axis
-    bounds: list[tuple[str, Tensor]] = field(default_factory=list)  # layer, labels that a slice's bound counts
-    pads: list[tuple[str, Tensor]] = field(default_factory=list)  # layer, labels of the channels of zeros it puts first
-    decides: set[str] = field(default_factory=set)  # layers that looked at a condition computed from data
-    unknown: dict[str, str] = field(default_factory=dict)
-    literal: bool = False  # whether some operator took a size that the code may spell out
-
-
-@dataclass(frozen=True, slots=True)
-class Fallbacks:
-    """What earlier checks have taught.
-
-    Attributes:
-        levels: (training, number of the operator) -> how much its rule fixes.
-        tied: code of attention modules that derive their head size from the width of their input.
-        guesses: module name -> how attributes of unknown meaning are set: 0 the likeliest size, 1 the
-        second, 2 left alone.
-    """
-
-    levels: Mapping[tuple[bool, int], int] = field(default_factory=dict)
-    tied: frozenset[str] = frozenset()
-    guesses: Mapping[str, int] = field(default_factory=dict)
 
 
 LOCAL = {
@@ -99,19 +49,20 @@ NORM_OPERATORS = {
     "std", "std_mean", "native_batch_norm",
 }  # fmt: skip
 SCALARS = {"mul", "div", "add", "sub", "rsub", "pow"}  # operators whose number may derive from a width
-FROZEN_LEVEL = 4  # above what any rule knows: the operator's labels stay
 FREE = -1  # the size of an expanded axis, which may follow its neighbours
 
 
 @lru_cache(maxsize=4096)
-def operator_of(func: Any) -> tuple[str, str, bool, str]:
-    """An operator's name, the name without an in-place relative's underscore, whether it writes, and its cost."""
+def operator_of(func: Any) -> tuple[str, str, bool, str, bool]:
+    """An operator's name, the name without an in-place relative's underscore, whether it writes, its cost, and whether its
+    answer is a number or has a size that depends on values."""
     full = func._schema.name[6:]
     mutable = func._schema.is_mutable
     name = full[:-1] if mutable and full.endswith("_") else full
     kinds = {"heavy": HEAVY, "light": LIGHT, "shaped": SHAPED, "view": VIEWS}
     sort = next((sort for sort, members in kinds.items() if name in members), "")
-    return full, name, mutable, sort
+    looks = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+    return full, name, mutable, sort, looks
 
 
 def call_model(model: nn.Module, example: Example) -> Any:
@@ -148,6 +99,7 @@ class Tracer(TorchDispatchMode):
     """
 
     real = False  # whether products are computed
+    framed = False  # whether the ends of modules' calls are of interest
 
     def __init__(self, modules: Modules) -> None:
         super().__init__()
@@ -156,8 +108,10 @@ class Tracer(TorchDispatchMode):
         self.stack: list[tuple[str, nn.Module | None]] = [("", None)]
         self.ordinal = -1
         self.current = ""
-        self.running = False
+        self.running = False  # an operator
+        self.busy = False  # an operator, or what is done with it here
         self.pages = ZeroBlocks()
+        self.originals = Originals(modules)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -171,7 +125,9 @@ class Tracer(TorchDispatchMode):
         def called(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             stack.append((self.names.get(id(module), stack[-1][0]), module))
             output = call(module, *args, **kwargs)
-            stack.pop()  # not after an error: failed() says where it happened
+            child = stack.pop()  # not after an error: failed() says where it happened
+            if self.framed:
+                self.returned(child[0], (args, kwargs), output)
             return output
 
         replaced = ExitStack()
@@ -195,10 +151,12 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.ordinal += 1
-        self.current, name, mutable, sort = operator_of(func)
-        self.running = True
-        out = None
-        if sort and not self.real:
+        self.current, name, mutable, sort, looks = operator_of(func)
+        self.running = self.busy = True
+        if mutable or (name == "native_batch_norm" and args[5]):
+            self.originals.before_write(name, args, kwargs)
+        out = self.known(name, func, args, kwargs, looks)
+        if out is None and sort and not self.real:
             if sort == "heavy":
                 if args[0].is_floating_point() and "alpha" not in kwargs and "beta" not in kwargs:
                     out = product(self.pages, name, args)
@@ -212,6 +170,7 @@ class Tracer(TorchDispatchMode):
                 out._prune_hollow = True
         self.running = False
         self.visit(name, func, args, kwargs, out)
+        self.busy = False
         return out
 
     def failed(self, why: str) -> Exception:
@@ -219,6 +178,22 @@ class Tracer(TorchDispatchMode):
         return SurgeryError(
             f"the model does not run on the example input ({why}); give inputs of the shape and type it expects"
         )
+
+    def known(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], looks: bool) -> Any:
+        """What an operator gives where that is known already, else None.
+
+        Args:
+            looks: whether its answer is a number or has a size that depends on values.
+        """
+
+    def returned(self, child: str, given: Any, output: Any) -> None:
+        """Sees the end of a module's call, where `framed` is set."""
+
+    def begin(self, inputs: Any) -> None:
+        """Sees the inputs that the model is about to get."""
+
+    def lend(self) -> None:
+        """Puts things of its own into the modules' dictionaries, which are restored after the run."""
 
     def run(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Computes an operator."""
@@ -239,6 +214,36 @@ def scalar_of(name: str, args: tuple[Any, ...]) -> float | None:
     if not isinstance(number, (int, float)) or not number:
         return None
     return 1.0 / number if name == "div" else float(number)
+
+
+SIZED = {
+    "view", "_unsafe_view", "_reshape_alias", "expand", "slice", "select", "split", "split_with_sizes", "unsafe_split",
+    "unsafe_split_with_sizes", "repeat", "constant_pad_nd", "as_strided", "zeros", "ones", "empty", "full", "rand", "randn",
+    "new_zeros", "new_ones", "new_empty", "new_full", "empty_strided", "new_empty_strided", "arange", "linspace", "eye",
+    "native_layer_norm", "_fused_rms_norm", "native_group_norm", "convolution",
+}  # fmt: skip  # operators whose whole numbers count positions, which are compared as such
+
+
+def numbers_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The numbers among an operator's arguments that must be the same in a smaller network."""
+    if name == "native_batch_norm":
+        return tuple(args[5:8])
+    if name == "native_group_norm":
+        return (None if args[6] == args[4] else args[6], args[7])
+    if name == "convolution":  # the groups follow from the shapes
+        return tuple(args[3:8])
+    if name in ("full", "new_full"):
+        return (args[-1],)
+    sort: Any = float if name in SIZED else (int, float)
+    found: list[Any] = []
+    for value in args if not kwargs else (*args, *kwargs.values()):
+        if isinstance(value, sort):
+            found.append(value)
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], sort):
+            found.append(tuple(value))
+    if name in SCALARS and len(args) > 1 and isinstance(args[1], sort):
+        found.remove(args[1])
+    return tuple(found)
 
 
 class Refused(Exception):
@@ -263,18 +268,16 @@ def _restore(states: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
 
 
 @lru_cache(maxsize=4096)
-def _keeps_nothing(kind: type) -> bool:
+def keeps_nothing(kind: type) -> bool:
     """Layers of torch store nothing while they run."""
     return kind.__module__.startswith("torch.nn.modules.")
 
 
 def _forget(plain: dict[str, Any]) -> None:
-    """Gives a module dictionaries of its own to write to; what it caches it computes again."""
+    """Gives a module empty caches: what it caches it computes again."""
     for key, value in plain.items():  # keys stay, so this is safe
         if is_cache(key, value):
             plain[key] = emptied(value)
-        elif type(value) is dict and key[0] != "_":
-            plain[key] = value.copy()
 
 
 def is_cache(key: str, value: Any) -> bool:
@@ -289,7 +292,8 @@ def emptied(cache: Any) -> Any:
 
 @contextmanager
 def _quiet(tracer: Tracer, training: bool) -> Iterator[None]:
-    """Fused kernels off, modes as asked, patches of the tracer on; everything restored afterwards."""
+    """Fused kernels off, modes as asked, patches of the tracer on; everything restored afterwards: attributes and what
+    lists and dicts in them hold, parameters and buffers that were written to, generators of random numbers."""
     states = [(m.__dict__, m.__dict__.copy(), m.__dict__["_buffers"].copy()) for _, m in tracer.modules]
     kinds: list[type] = [type(m) for _, m in tracer.modules]
     fast, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
@@ -297,12 +301,19 @@ def _quiet(tracer: Tracer, training: bool) -> Iterator[None]:
         stack.callback(_restore, states)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         stack.callback(torch._C._set_mkldnn_enabled, mkldnn)
-        state = torch.get_rng_state()
-        stack.callback(torch.set_rng_state, state)
-        for (plain, _, _), kind in zip(states, kinds, strict=True):
-            plain["training"] = training and bool(plain["_modules"])
-            if not _keeps_nothing(kind):
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        if torch.cuda.is_initialized():
+            stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        stack.callback(tracer.originals.restore)
+        for (plain, _, _), kind, (_, module) in zip(states, kinds, tracer.modules, strict=True):
+            if not keeps_nothing(kind):
+                tracer.originals.remember(plain)
                 _forget(plain)
+            trains = training and not issubclass(kind, _NormBase)
+            plain["training"] = trains and (bool(plain["_modules"]) or may_train_otherwise(module))
+        tracer.lend()
         torch.backends.mha.set_fastpath_enabled(False)
         torch._C._set_mkldnn_enabled(False)
         stack.enter_context(torch.inference_mode(False))
@@ -313,14 +324,30 @@ def _quiet(tracer: Tracer, training: bool) -> Iterator[None]:
         yield
 
 
+def own(example: Example) -> Example:
+    """A copy of example inputs that a model may write to; objects that refuse to be copied are passed as they are."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        if value is None or isinstance(value, (int, float, str, complex)):
+            return value
+        with suppress(Exception):
+            return copy.deepcopy(value)
+        return value
+
+    return tree_map(one, example)
+
+
 def execute(model: nn.Module, example: Example, tracer: Tracer, training: bool) -> list[Tensor]:
     """Runs the model under a tracer.
 
     Args:
-        model: the network.
-        example: example inputs.
+        model: the network; left as it was, also where it counts its calls.
+        example: example inputs; the model gets a copy.
         tracer: sees every operator.
-        training: containers in training mode (auxiliary heads run), layers in evaluation mode.
+        training: containers, and layers that may spell widths out in training alone, in training mode (auxiliary heads
+            run), other layers in evaluation mode.
 
     Returns:
         The tensors in the model's output.
@@ -329,9 +356,11 @@ def execute(model: nn.Module, example: Example, tracer: Tracer, training: bool) 
         SurgeryError: the model does not run on the example.
         Refused: the small network did not follow.
     """
+    inputs = own(example)
+    tracer.begin(inputs)
     with _quiet(tracer, training):
         try:
-            return [t for t in tree_leaves(_plain(call_model(model, example))) if isinstance(t, Tensor)]
+            return [t for t in tree_leaves(_plain(call_model(model, inputs))) if isinstance(t, Tensor)]
         except (Refused, BrokenRule):
             raise
         except Exception as error:

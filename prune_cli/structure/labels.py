@@ -191,28 +191,39 @@ class Constraints:
             rights.append(np.zeros_like(array))
         classes = self.components(zip(lefts, rights, strict=True))
         pending = [array for array in self.products if array.ndim > 1]
+        groups = int(classes.max()) + 1
         while pending:
-            extra_left, extra_right, rest = [], [], []
-            for array in pending:
-                now = classes[np.maximum(array, 0)]
-                spread = [axis for axis in range(now.ndim) if (now != now.take([0], axis)).any()]
-                if len(spread) <= 1:
-                    rest.append(array)
-                    continue
-                head = array
-                for axis in spread[:-1]:  # keep the last axis that varies: equal positions in every part
-                    head = head.take([0], axis)
-                left, right = np.broadcast_arrays(array, head)
-                extra_left.append(left.ravel())
-                extra_right.append(right.ravel())
-                rest.append(array)
-            if not extra_left:
+            extra, pending = self._joined(pending, classes)
+            if not extra:
                 break
-            lefts += extra_left
-            rights += extra_right
+            lefts += [left for left, _ in extra]
+            rights += [right for _, right in extra]
             classes = self.components(zip(lefts, rights, strict=True))
-            pending = rest
+            before, groups = groups, int(classes.max()) + 1
+            if groups == before:  # positions that fit anything are in no class: no equation makes a product of these
+                lefts += [array.ravel() for array in pending]
+                rights += [np.zeros(array.size, dtype=np.int64) for array in pending]
+                return self.components(zip(lefts, rights, strict=True))
         return classes
+
+    @staticmethod
+    def _joined(
+        pending: Sequence[np.ndarray], classes: np.ndarray
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
+        """The equations that make products of the arrays that are none, and those arrays."""
+        extra, left_over = [], []
+        for array in pending:
+            now = classes[np.maximum(array, 0)]
+            spread = [axis for axis in range(now.ndim) if (now != now.take([0], axis)).any()]
+            if len(spread) <= 1:
+                continue
+            head = array
+            for axis in spread[:-1]:  # keep the last axis that varies: equal positions in every part
+                head = head.take([0], axis)
+            left, right = np.broadcast_arrays(array, head)
+            extra.append((left.ravel(), right.ravel()))
+            left_over.append(array)
+        return extra, left_over
 
     def components(self, edges: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """The class of each variable by these equations alone; class 0 holds what equals FIXED."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prune_cli.errors import SurgeryError
-from prune_cli.structure.interpreter import Example, Fallbacks, Trace
+from prune_cli.structure.interpreter import Example
 from prune_cli.structure.labels import Constraints
+from prune_cli.structure.trace import Fallbacks, Trace
 
 AxisOf = tuple[str, int]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
@@ -19,42 +18,33 @@ from torch.nn.modules.conv import _ConvNd
 from prune_cli.structure.attention import TIED_ATTENTION, code_of, has_heads, query_projection
 from prune_cli.structure.interpreter import (
     FREE,
-    FROZEN_LEVEL,
     LOCAL,
     NORM_OPERATORS,
     BrokenRule,
-    Cut,
-    Fallbacks,
     Modules,
-    Step,
-    Trace,
     Tracer,
+    numbers_of,
     scalar_of,
 )
 from prune_cli.structure.labels import NOTHING, Constraints, Kind, Marks, marks_of, varied, vector
-from prune_cli.structure.modules import named_tensors, widths_of
+from prune_cli.structure.looks import Looks
+from prune_cli.structure.modules import lendable, may_train_otherwise, named_tensors, names_read
 from prune_cli.structure.operators.call import Call, Result, Unsupported, positive_axis, tensors
 from prune_cli.structure.operators.mixing import per_channel, pointwise
+from prune_cli.structure.operators.statistics import Statistic, followed
 from prune_cli.structure.operators.table import factory, frozen, rule
+from prune_cli.structure.reads import Ear, Origin, Watch, lent
+from prune_cli.structure.sizes import Sizes
+from prune_cli.structure.trace import FROZEN_LEVEL, Cut, Fallbacks, Step, Trace
 
 log = logging.getLogger(__name__)
 STRICT = "PRUNE_STRICT_RULES"
 
 Parameters = dict[str, tuple[Tensor, dict[int, int]]]  # name -> tensor and, per axis, its first variable
-NORM_NAME = re.compile(r"[Nn]orm|NORM|LN|RMS|GRN")  # classes that normalise, over channels too
 FOLLOWING = {
     "permute", "transpose", "t", "unsqueeze", "squeeze", "clone", "contiguous", "_to_copy", "alias", "detach", "dropout",
     "cat", "mean", "sum", "native_batch_norm", "prelu", "mm", "addmm",
 }  # fmt: skip
-
-
-def _zeros_first(pads: Sequence[int], fields: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The labels of the positions that a padding puts before an axis of channels."""
-    for label in fields:
-        axes = varied(label)
-        back = 2 * (label.dim() - 1 - axes[0]) if len(axes) == 1 else len(pads)
-        if back < len(pads) and pads[back] > 0:
-            yield label.movedim(axes[0], 0).flatten(1)[: pads[back], 0]
 
 
 def _broken(operator: str, layer: str, error: Exception) -> None:
@@ -79,16 +69,51 @@ def _warn_once(line: str) -> None:
 
 
 class Labeller(Tracer):
-    """Executes the dense network on labels."""
+    """Executes the dense network on labels.
 
-    def __init__(self, modules: Modules, constraints: Constraints, trace: Trace, fallbacks: Fallbacks):
+    Args:
+        modules: of the network, from `walk`.
+        constraints: hears what operators say.
+        trace: what the run leaves behind.
+        fallbacks: what earlier checks have taught.
+        looks: follows where the network looks at values.
+    """
+
+    def __init__(
+        self, modules: Modules, constraints: Constraints, trace: Trace, fallbacks: Fallbacks, looks: Looks
+    ) -> None:
         super().__init__(modules)
         self.constraints, self.trace = constraints, trace
         self.levels, self.tied = fallbacks.levels, fallbacks.tied
         self.flattening = False  # inside a flatten, whose sizes are never spelt out
-        self.codes: dict[int, tuple[str, str | None, bool]] = {}
+        self.codes: dict[int, tuple[str, str | None]] = {}
         self.used: set[int] = set()  # identities of the tensors that took part
-        self.counted: dict[tuple[str, int], Tensor] = {}  # per layer and number in an attribute, what it counted first
+        self.sizes, self.watch, self.ear = Sizes(trace, constraints), Watch(), Ear(self)
+        self.reading = False  # whether some module's integers are watched
+        self.statistics = False  # whether a mean over channels is on its way
+        self.looks = looks
+        self.real = self.framed = looks.real
+
+    def begin(self, inputs: Any) -> None:
+        self.looks.begin(inputs)
+
+    def returned(self, child: str, given: Any, output: Any) -> None:
+        self.looks.returned(self.layer, child, given, output)
+
+    def lend(self) -> None:
+        wanted = names_read(self.modules)
+        for name, module in self.modules:
+            plain = module.__dict__
+            for key in lendable(module):
+                if key in wanted:
+                    plain[key] = lent(name, key, plain[key], self.ear)
+                    self.reading = True
+            if not self.trace.training and may_train_otherwise(module):
+                plain.pop("training", None)  # __getattr__ is asked instead
+
+    def touched(self, origins: Iterable[Origin]) -> None:
+        """See `reads.Listener`."""
+        self.trace.touched.update((len(self.trace.steps), self.layer, origin) for origin in origins)
 
     def patches(self) -> ExitStack:
         def marked(flatten: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -101,34 +126,46 @@ class Labeller(Tracer):
 
             return flattened
 
-        replaced = super().patches()
+        def found(module: nn.Module, key: str) -> Any:
+            if key == "training":
+                self.trace.trains = True
+                return False
+            return missing(module, key)
+
+        replaced, missing = super().patches(), nn.Module.__getattr__
         for owner in (torch, Tensor):
             replaced.enter_context(patch.object(owner, "flatten", marked(owner.flatten)))
+        if any("training" not in module.__dict__ for _, module in self.modules):
+            replaced.enter_context(patch.object(nn.Module, "__getattr__", found))
+        replaced.callback(setattr, self.ear, "listener", None)
+        self.looks.watch(self, replaced)
+        if self.reading:
+            replaced.enter_context(self.watch)
         return replaced
 
-    def about(self, module: nn.Module | None) -> tuple[str, str | None, bool]:
-        """A module's code, what its head axes mean and whether it normalises."""
+    def known(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], looks: bool) -> Any:
+        return self.looks.answer(self, func, args, kwargs) if looks else None
+
+    def about(self, module: nn.Module | None) -> tuple[str, str | None]:
+        """A module's code and what its head axes mean."""
         heads = None
         if has_heads(module):
             heads = "heads"
         if module is not None and (code_of(module) in self.tied or type(module).__name__ in TIED_ATTENTION):
             heads = "dims"
-        norm = module is not None and NORM_NAME.search(type(module).__name__) is not None
-        found = self.codes[id(module)] = code_of(module), heads, norm
+        found = self.codes[id(module)] = code_of(module), heads
         return found
 
     def visit(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         layer, module = self.stack[-1]
-        code, heads, norm = self.codes.get(id(module)) or self.about(module)
-        level = self.levels.get((self.trace.training, self.ordinal), 0) if self.levels else 0
+        code, heads = self.codes.get(id(module)) or self.about(module)
+        level = self.levels.get((self.trace.kind, self.ordinal), 0) if self.levels else 0
         inputs = tensors(args, kwargs)
-        call = Call(name, func, args, kwargs, out, self.constraints, inputs, level, heads, norm, layer)
+        call = Call(name, func, args, kwargs, out, self.constraints, inputs, level, heads, layer)
         found = rule(name, func)
         mark = found or frozen
         labelled = any(marks_of(t).fields for t in inputs)
         self.used.update(map(id, inputs))
-        if name == "_local_scalar_dense" and args[0].dtype is torch.bool:
-            self.trace.decides.add(layer)
         if not self.trace.literal and not self._follows(call, found, labelled, module):
             self.trace.literal = True
         local = labelled and (name in LOCAL or name in NORM_OPERATORS)
@@ -136,8 +173,8 @@ class Labeller(Tracer):
         self.constraints.begin(name, layer)
         if found is None and labelled:
             self.trace.unknown[str(func)] = layer
-        if call.level >= FROZEN_LEVEL:
-            mark = frozen
+        if call.level >= FROZEN_LEVEL or (not self.trace.training and torch.Tag.nondeterministic_seeded in func.tags):
+            mark = frozen  # numbers drawn for fewer channels are other numbers
         try:
             result = mark(call)
         except (Unsupported, ZeroDivisionError, IndexError, ValueError, TypeError, AssertionError) as error:
@@ -167,17 +204,28 @@ class Labeller(Tracer):
         marks = result if isinstance(result, (tuple, list)) else (result,)
         if len(marks) != len(outs):
             marks = tuple(marks[0] for _ in outs)
-        seen = []
+        statistic = followed(call) if self.statistics else None
+        if call.statistics:
+            self.statistics = True
+            statistic = Statistic((*call.statistics, *(statistic.labels if statistic else ())))
+        seen, dtypes = [], []
         for tensor, mark in zip(outs, marks, strict=True):
             if isinstance(tensor, Tensor):
                 mark = self._checked(tensor, mark)
                 tensor._prune_marks = mark  # type: ignore[attr-defined]
+                if self.statistics:
+                    tensor._prune_statistic = statistic  # type: ignore[attr-defined]
                 shape = tuple(tensor.shape)
                 if 0 in tensor.stride():
                     free = {a for a, stride in enumerate(tensor.stride()) if not stride and shape[a] > 1}
                     free -= {a for label in mark.fields for a in varied(label)}
                     shape = tuple(FREE if a in free else n for a, n in enumerate(shape))
                 seen.append((shape, mark))
+                dtypes.append(tensor.dtype)
+        if self.watch.reads:
+            self.sizes.record(call, self.watch, [mark for _, mark in seen])
+        self.looks.saw(call, outs, seen)
+        weight = source is not None and source[1].kind is Kind.WEIGHT
         self.trace.steps.append(
             Step(
                 call.name,
@@ -185,38 +233,28 @@ class Labeller(Tracer):
                 call.layer,
                 tuple(seen),
                 source,
-                call.norm or (source is not None and source[1].kind is Kind.WEIGHT),
+                bool(call.statistics) or weight,
                 code,
                 scalar_of(call.name, call.args),
+                numbers_of(call.name, call.args, call.kwargs),
+                tuple(dtypes),
             )
         )
+        self._remember(call, seen)
+
+    def _remember(self, call: Call, seen: list[tuple[tuple[int, ...], Marks]]) -> None:
+        """Keeps what attributes near an operator may have to follow."""
         if call.heads and call.cut and seen and seen[0][1].fields:
             self.trace.cuts.append(Cut(call.layer, tuple(call.out.shape), seen[0][1].fields[0]))
         if "split" in call.name and len(seen) > 1 and seen[0][1].fields:
             axis = positive_axis(call.arg(2, "dim", 0), call.args[0].dim())
             parts = [[f for f in mark.fields if varied(f) == (axis,)] for _, mark in seen]
             if all(parts):
-                lines = tuple(vector(found[0], axis) for found in parts)
-                self.trace.splits.append((call.layer, lines))
-                if call.name == "split_with_sizes" and not call.level:
-                    for line in lines:
-                        self._same(call, line)
-        self.trace.bounds.extend((call.layer, line) for line in call.bounds if self._same(call, line))
-        if call.name == "constant_pad_nd" and seen and seen[0][1].fields:
-            self.trace.pads.extend((call.layer, line) for line in _zeros_first(call.args[1], seen[0][1].fields))
+                self.trace.splits.append((call.layer, tuple(vector(found[0], axis) for found in parts)))
         if call.name in ("native_layer_norm", "_fused_rms_norm"):
             axes = len(call.args[1])
             for label in marks_of(call.args[0]).fields:
                 self.trace.widths.append((call.layer, tuple(call.args[1]), label[(0,) * (label.dim() - axes)]))
-
-    def _same(self, call: Call, line: Tensor) -> bool:
-        """Whether an attribute of the module says how many positions a slice or a split takes; then equal ones stay
-        wherever it is used."""
-        module = self.stack[-1][1]
-        if module is None or not widths_of(module, len(line)):
-            return False
-        self.constraints.tie(self.counted.setdefault((call.layer, len(line)), line), line)
-        return True
 
     def _checked(self, tensor: Tensor, mark: Marks) -> Marks:
         if all(label.shape == tensor.shape for label in mark.fields):

@@ -62,6 +62,10 @@ def structured_masks(
     for name, axes in kept_indices(plan, keep).items():
         if (parameter := parameters.get(name)) is None:
             continue
+        if magnitude_of(name) in plan.axes:  # a direction of zero has no length to be divided by
+            axes = {axis: kept for axis, kept in axes.items() if axis not in plan.axes[magnitude_of(name)]}
+            if not axes:
+                continue
         if only is not None and not (axes := {axis: kept for axis, kept in axes.items() if (name, axis) in only}):
             continue
         mask = torch.ones([1] * parameter.dim(), dtype=torch.bool, device=parameter.device)
@@ -73,6 +77,12 @@ def structured_masks(
     return masks
 
 
+def magnitude_of(name: str) -> str:
+    """The name of the magnitude that a direction has under weight_norm, "" where a name is none of a direction."""
+    other = re.sub(r"weight_v$", "weight_g", re.sub(r"(parametrizations\.weight\.original)1$", r"\g<1>0", name))
+    return "" if other == name else other
+
+
 def _rows_and_biases(plan: Plan) -> set[tuple[str, int]]:
     """(parameter, axis) of the producers and of their own biases; of a weight that is a direction times a magnitude
     (weight_norm) the magnitude, since a direction of zero has none."""
@@ -80,9 +90,7 @@ def _rows_and_biases(plan: Plan) -> set[tuple[str, int]]:
     for family in plan.families:
         others = {name for name, _ in family.others}
         for name, axis in family.producers:
-            magnitude = re.sub(
-                r"weight_v$", "weight_g", re.sub(r"(parametrizations\.weight\.original)1$", r"\g<1>0", name)
-            )
+            magnitude = magnitude_of(name)
             found.add((magnitude if magnitude in others else name, axis))
             layer = re.sub(r"(parametrizations\.weight\..*|weight\w*)$", "", name)
             found.update(place for place in family.others if place[0] == f"{layer}bias")
@@ -116,11 +124,25 @@ def copy_with(
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
                 if type(tensor) is not nn.Parameter and not isinstance(new, type(tensor)):
                     new.__class__ = type(tensor)
+            if isinstance(tensor, nn.Parameter):
+                _carry_over(tensor, new)
             memo[id(tensor)] = new
     try:
         return _clone(model, memo, {})
     except Exception as error:
         raise SurgeryError(f"the model can't be copied ({error}); remove what copy.deepcopy refuses") from error
+
+
+def _carry_over(tensor: Tensor, new: Tensor) -> None:
+    """Attributes and hooks of a parameter."""
+    for key, value in tensor.__dict__.items():
+        if not key.startswith("_prune_"):
+            setattr(new, key, value)
+    if tensor.requires_grad and tensor.is_leaf:
+        for hook in (tensor._backward_hooks or {}).values():
+            new.register_hook(hook)
+        for hook in (getattr(tensor, "_post_accumulate_grad_hooks", None) or {}).values():
+            new.register_post_accumulate_grad_hook(hook)
 
 
 def duplicate(model: nn.Module) -> nn.Module:
@@ -212,11 +234,11 @@ def hollow(model: nn.Module, plan: Plan, keep: np.ndarray) -> nn.Module:
 
 
 def _attributes(model: nn.Module, small: nn.Module, plan: Plan, keep: np.ndarray) -> widths.Edits:
-    return widths.edits(model, small, plan.traces, plan.variables, keep, plan.fallbacks.guesses)
+    return widths.edits(model, small, plan.traces, plan.variables, keep, plan.fallbacks.compared)
 
 
 def same_attributes(model: nn.Module, plan: Plan, other: Plan, keep: np.ndarray) -> bool:
-    """Whether two plans that differ in their guesses set the same attributes."""
+    """Whether two plans of the same channels set the same attributes."""
     small = copy_with(model, _hollow, kept_indices(plan, keep))
     return _attributes(model, small, plan, keep) == _attributes(model, small, other, keep)
 

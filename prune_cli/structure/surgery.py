@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.errors import SurgeryError
-from prune_cli.structure import attention, follow, interpreter
-from prune_cli.structure.checker import check
+from prune_cli.structure import attention, follow
+from prune_cli.structure.attributes import Edits, unread
+from prune_cli.structure.checker import examine
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.modules import named_tensors, walk
 from prune_cli.structure.plan import Plan
@@ -65,15 +66,15 @@ def remove_units(
             if not len(indices):
                 raise SurgeryError(f"nothing would be left of axis {axis} of {name!r}; keep at least one unit there")
     small, found = cut(model, plan, keep, kept)
-    try:
-        changes = check(small, plan, keep)
-    except interpreter.Refused:
+    refusals, changes = examine(small, plan, keep)
+    if refusals:
         asked, choice = plan, keep
         plan, keep, changes = follow.follow(model, plan, lambda p: translate(asked, choice, p))
         kept = kept_indices(plan, keep)
         small, found = cut(model, plan, keep, kept)
         for warning in plan.warnings[len(asked.warnings) :]:
             log.warning("%s", warning)
+    _warn_of_unread(model, plan, found, kept)
     scales = _scales(model, small, changes)
     rescale(small, scales)
     for name, parameter in named_tensors(model, again=False).items():
@@ -83,6 +84,18 @@ def remove_units(
         repoint(optimizer, model, small, kept)
     plain = as_tuples(kept)
     return Shrunk(small, Lineage(plain, found, scales), plan, keep)
+
+
+def _warn_of_unread(model: nn.Module, plan: Plan, found: Edits, kept: Mapping[str, Mapping[int, np.ndarray]]) -> None:
+    named = named_tensors(model)
+    sizes = {named[name].shape[axis] for name, axes in kept.items() for axis in axes}
+    if left := unread(model, plan.traces, found, sizes):
+        log.warning(
+            "%s stay%s: equal to a width that changed, but no code that ran on the example read %s as one",
+            ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else ""),
+            "s" if len(left) == 1 else "",
+            "it" if len(left) == 1 else "them",
+        )
 
 
 def translate(plan: Plan, keep: np.ndarray, other: Plan) -> np.ndarray:

@@ -7,12 +7,14 @@ the masked network computes, or it is an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from prune_cli import masks as masking
 from prune_cli.errors import SurgeryError
@@ -22,9 +24,11 @@ from prune_cli.structure import reference
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.modes import evaluating
 from prune_cli.structure.plan import Plan
+from prune_cli.structure.slicing import duplicate
 from prune_cli.structure.surgery import Shrunk
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output: rounding in float32 stays far below."""
 
@@ -71,8 +75,8 @@ def shrink(
         example_inputs: inputs for the analysis of shapes.
         masks: parameter name -> bool tensor, True = keep.
         lineage: how `model` descends from the dense network; None = it is the dense network.
-        check_on: inputs, shaped like the example, on which masked and shrunk network must agree. Norms over
-            channels (LayerNorm, GroupNorm) are compared over the kept channels.
+        check_on: inputs, shaped like the example, on which masked and shrunk network must agree; also on `variants` of
+            the first. Norms over channels (LayerNorm, GroupNorm, softmax) are compared over the kept channels.
         plan: gives the channel plan of `model`, where somebody keeps it.
 
     Raises:
@@ -97,28 +101,87 @@ def checked(
         SurgeryError: they do not.
     """
     with evaluating(model), evaluating(shrunk.model):
-        for inputs in check_on:
+        for number, inputs in enumerate(check_on):
             _agree(model, shrunk, inputs)
+            if not number:
+                _agree_on_others(model, shrunk, inputs)
     left = _left(masks, shrunk)
     whole = shrunk.lineage if lineage is None else shrunk.lineage.after(lineage)
     return Small(shrunk.model, {name: mask for name, mask in left.items() if not bool(mask.all())}, whole)
 
 
-def _agree(model: nn.Module, shrunk: Shrunk, inputs: Any) -> None:
+def variants(example: Any) -> Iterator[tuple[str, Any]]:
+    """Other inputs that a network which takes the example should take: what the example did not show, they may."""
+    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    rows = next((len(tensor) for tensor in tensors if tensor.dim()), 0)
+
+    def shuffled(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.roll(1, -1) if tensor.dim() and tensor.dtype is not torch.bool else tensor
+        order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0))
+        return tensor.flatten()[order.to(tensor.device)].reshape(tensor.shape)
+
+    def twice(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, shuffled(tensor)]) if tensor.dim() and len(tensor) == rows else tensor
+
+    def scaled(factor: float) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: factor * tensor if tensor.is_floating_point() else tensor
+
+    changes = {
+        "other values": shuffled,
+        "inputs three times as large": scaled(3.0),
+        "inputs of the other sign": scaled(-1.0),
+        "a batch twice as large": twice,
+    }
+    for what, change in changes.items():
+        yield what, tree_map(lambda leaf, change=change: change(leaf) if isinstance(leaf, Tensor) else leaf, example)
+
+
+def _agree_on_others(model: nn.Module, shrunk: Shrunk, example: Any) -> None:
+    """Looks at inputs that the user did not give; what the masked network does not take, or makes no numbers of, says
+    nothing."""
+    for what, inputs in variants(example):
+        try:
+            want = _outputs(reference.forward, model, shrunk.plan, shrunk.keep, inputs)
+        except SurgeryError as error:
+            log.debug("not compared on %s: %s", what, error)
+            continue
+        if any(t.is_floating_point() and bool(t.isnan().any()) for t in want):
+            continue
+        _agree(model, shrunk, inputs, f" on {what}")
+
+
+def _agree(model: nn.Module, shrunk: Shrunk, inputs: Any, where: str = "") -> None:
+    advice = "keep the masks (granularity.shrink=false) and report the network"
     try:
-        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-            worst = reference.difference(model, shrunk, inputs)
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        raise SurgeryError(
-            f"the shrunk network does not run ({' '.join(str(error).split())[:200]}); keep the masks "
-            "(granularity.shrink=false) and report the network"
-        ) from error
-    log.debug("masked and shrunk network differ by %.1e of the largest output", worst)
-    if not worst <= TOLERANCE:  # nan too
-        raise SurgeryError(
-            f"the shrunk network differs from the masked one by {worst:.1e} of the largest output; "
-            "keep the masks (granularity.shrink=false) and report the network"
-        )
+        worst = _outputs(reference.difference, model, shrunk, inputs)
+        if not worst <= TOLERANCE:  # what rounding decides (the order of scores) is decided alike in float64
+            worst = min(worst, _in_double(model, shrunk, inputs))
+    except (SurgeryError, RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise SurgeryError(f"{' '.join(str(error).split())[:250]}{where}; {advice}") from error
+    log.debug("masked and shrunk network differ by %.1e of the largest output%s", worst, where)
+    if not worst <= TOLERANCE:
+        how = f"by {worst:.1e} of the largest output" if math.isfinite(worst) else "or gives what is no number"
+        raise SurgeryError(f"the shrunk network differs from the masked one{where} {how}; {advice}")
+
+
+def _in_double(model: nn.Module, shrunk: Shrunk, inputs: Any) -> float:
+    """The difference in float64; infinite where the network insists on its own type."""
+    exact = tree_map(lambda leaf: leaf.double() if _real(leaf) else leaf, inputs)
+    twins = (duplicate(net).double() for net in (model, shrunk.model))
+    try:
+        return _outputs(reference.difference, next(twins), replace(shrunk, model=next(twins)), exact)
+    except SurgeryError:
+        return math.inf
+
+
+def _real(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _outputs(compute: Callable[..., Result], *args: Any) -> Result:
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        return compute(*args)
 
 
 def _left(masks: Masks, shrunk: Shrunk) -> dict[str, Tensor]:

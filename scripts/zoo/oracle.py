@@ -37,7 +37,11 @@ def masked(dense: nn.Module, kept: Kept) -> nn.Module:
     for name, module in twin.named_modules():
         own = list(module.parameters(recurse=False))
         full = f"{name}.weight" if name else "weight"
-        vectors = own and all(p.dim() == 1 and p.shape == own[0].shape for p in own) and len(own) == len(list(module.parameters()))
+        vectors = (
+            own
+            and all(p.dim() == 1 and p.shape == own[0].shape for p in own)
+            and len(own) == len(list(module.parameters()))
+        )
         if vectors and 0 in kept.get(full, {}) and not type(module).__module__.startswith("torch."):
             _narrow(module, torch.tensor(kept[full][0]), len(own[0]))
     return twin

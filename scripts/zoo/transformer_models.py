@@ -42,7 +42,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "XGLM": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
     "Xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
 }  # fmt: skip
-WITHOUT = {"Falcon": ("head_dim",), "Funnel": ("num_hidden_layers",), "ProphetNet": ("num_layers", "num_heads"), "XLNet": ("max_position_embeddings",)}
+WITHOUT = {
+    "Falcon": ("head_dim",),
+    "Funnel": ("num_hidden_layers",),
+    "ProphetNet": ("num_layers", "num_heads"),
+    "XLNet": ("max_position_embeddings",),
+}
 ENCODERS = (
     "Bert", "Roberta", "Electra", "DistilBert", "Albert", "Deberta", "DebertaV2", "MPNet", "Camembert", "XLMRoberta",
     "Ernie", "RoFormer", "MobileBert", "SqueezeBert", "Funnel", "ConvBert", "BigBird", "Longformer", "Data2VecText",

@@ -122,6 +122,16 @@ def test_a_file_that_computes_something_else_is_not_kept(onnx, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_computes_no_numbers_is_not_kept(onnx, tmp_path):
+    model = network()
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(float("nan"))
+    for export, name in ((exporting.to_onnx, "a.onnx"), (exporting.to_program, "a.pt2")):
+        with pytest.raises(CheckpointError, match="was not written"):
+            export(model, SHAPE, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_opset_is_obeyed(onnx, tmp_path):
     import onnx as library
 

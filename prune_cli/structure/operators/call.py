@@ -8,7 +8,7 @@ higher levels fix the sizes that the code spells out, the last level freezes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ class Call:
         level: how often the check after surgery has refused this operator.
         heads: in attention, what the axes of a split mean: `"heads"` prunes whole heads, `"dims"` the same
             positions in every head, `None` leaves the choice to the equations.
-        norm: whether a module that normalises is being executed.
         layer: dotted name of the module being executed.
     """
 
@@ -40,10 +39,10 @@ class Call:
     inputs: list[Tensor]
     level: int = 0
     heads: str | None = None
-    norm: bool = False
     layer: str = ""
     cut: bool = False  # set by a view that cut an axis with labels
     bounds: Sequence[Tensor] = ()  # set by a slice: the positions that its bounds count
+    statistics: list[Tensor] = field(default_factory=list)  # set by a mean: the channels that it was taken over
 
     def arg(self, position: int, keyword: str = "", default: Any = None) -> Any:
         """An argument by position or keyword."""

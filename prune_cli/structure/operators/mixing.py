@@ -22,6 +22,7 @@ from prune_cli.structure.operators.call import (
     positive_axis,
     tensors,
 )
+from prune_cli.structure.operators.statistics import STATISTICS
 
 
 @lru_cache(maxsize=4096)
@@ -94,18 +95,22 @@ def reduction(call: Call) -> Result:
         return tuple(replace(marks, zero=False) for _ in results) if len(results) > 1 else marks
     dims = _reduced(call, source)
     keep = results[0].dim() == source.dim()
-    norm = call.norm or marks.kind is Kind.WEIGHT  # what is said of a weight is said of the part that is kept
+    norm = marks.kind is Kind.WEIGHT  # what is said of a weight is said of the part that is kept
+    statistic = call.name in STATISTICS  # what it serves for is seen later
     linear = call.name in ("sum", "linalg_vector_norm", "norm", "nansum")
     fields = []
     for label in marks.fields:
         mixed = tuple(axis for axis in varied(label) if axis in dims)
         if mixed:
             rest = set(varied(label)) - set(mixed)
-            if norm:
+            if norm or statistic:
                 call.constraints.norms.append(slim(label).reshape(-1).numpy())
             if rest:
                 label = call.constraints.tie_along(label, mixed)
             elif norm or (linear and marks.zero and call.level == 0):
+                continue
+            elif statistic:
+                call.statistics.append(label)
                 continue
             else:
                 call.constraints.freeze(label)
