@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from prune_cli.config.locations import options
@@ -33,6 +32,7 @@ from prune_cli.files.pruned import Record
 from prune_cli.granularities.filter import Filter
 from prune_cli.granularities.units import FindPlan, Normalize
 from prune_cli.layers.replacing import closed
+from prune_cli.reading import read_yaml
 from prune_cli.reporting import Report, report_of
 from prune_cli.selection import requirements
 from prune_cli.selection.budget import Budget
@@ -271,7 +271,7 @@ def _criterion(given: str | Score | Criterion, model: nn.Module) -> Criterion:
     known = options("criterion")
     if given not in known:
         raise ConfigError(f"criterion: there is no {given!r}{nearest(given, known)}")
-    found: Criterion = resolve(yaml.safe_load(known[given].read_text()), "criterion", Criterion)
+    found: Criterion = resolve(read_yaml(known[given], ConfigError), "criterion", Criterion)
     return found
 
 

@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from prune_cli import __version__
-from prune_cli.errors import ConfigError, PruneError, StorageError, nearest, shortage
+from prune_cli.errors import ConfigError, PruneError, StorageError, nearest, one_line, shortage
 
 COMMANDS = {
     "run": "compose a recipe and run its stages; -m sweeps over comma-separated values",
@@ -43,7 +43,14 @@ MOST = 2000  # characters of a message
 
 def main() -> None:
     """Entry point of the `prune` command."""
-    sys.exit(dispatch(sys.argv[1:]))
+    code = dispatch(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # Python would say so itself when it ends, in a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            code = code or _report(StorageError(f"cannot write the output: {error.strerror or error}"), False)
+    sys.exit(code)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -105,7 +112,7 @@ def _announce(arguments: list[str]) -> None:
 def _report(error: PruneError, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    text = " ".join(str(error).split())
+    text = one_line(error)
     text = text if len(text) <= MOST else f"{text[:MOST]} ..."
     sys.stderr.write(f"error: {text}\n")
     return error.exit_code

@@ -102,3 +102,9 @@ def shortage(error: BaseException) -> ConfigError | None:
         f"not enough memory ({shortened(first_line(error))}); take smaller images (dataset.image_size), smaller batches "
         "(STAGE.batch_size) or a smaller network"
     )
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says as one line for a terminal; characters that a terminal would obey are spelt out."""
+    text = " ".join(str(error).split())
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 
-from prune_cli.errors import CheckpointError
+from prune_cli.reading import opened
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -14,8 +14,5 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     Raises:
         CheckpointError: if the file can't be read.
     """
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
+    with opened(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 
 
 def ranges(indices: Sequence[int]) -> str:
@@ -17,19 +18,25 @@ def ranges(indices: Sequence[int]) -> str:
     return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
-def indices_of(text: str) -> tuple[int, ...]:
+def indices_of(text: str, most: int) -> tuple[int, ...]:
     """The inverse of `ranges`.
 
+    Args:
+        most: indices that the text may stand for; more are refused before they are made.
+
     Raises:
-        ValueError: not increasing numbers and ranges.
+        ValueError: not increasing numbers and ranges, or too many.
     """
-    found: list[int] = []
+    found: list[range] = []
     for part in str(text).split():
-        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
         if not match:
-            raise ValueError(f"{part!r} is not an index or a range such as 3-7")
+            raise ValueError(f"{part[:40]!r} is not an index or a range such as 3-7")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last - first > 10_000_000 or last < first or (found and first <= found[-1]):
+        if last < first or (found and first < found[-1].stop):
             raise ValueError(f"{part!r} does not go on upwards")
-        found.extend(range(first, last + 1))
-    return tuple(found)
+        most -= last + 1 - first
+        if most < 0:
+            raise ValueError(f"{str(text)[:40]!r} stands for more indices than there can be")
+        found.append(range(first, last + 1))
+    return tuple(chain.from_iterable(found))

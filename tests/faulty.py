@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -36,8 +37,8 @@ def arm(fault: str) -> None:
         if steps == int(step):
             signal.raise_signal(getattr(signal, name))
 
-    def write_manifest(folder: object, extra: dict) -> None:
-        if running == stage and int(step) < 0 and "numbers" in extra:
+    def write_manifest(folder: Path, extra: dict) -> None:
+        if running == stage and int(step) < 0 and (folder / "numbers.json").is_file():
             signal.raise_signal(getattr(signal, name))
         write(folder, extra)
 

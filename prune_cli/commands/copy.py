@@ -9,6 +9,7 @@ from pathlib import Path
 from prune_cli.config.locations import options
 from prune_cli.errors import ConfigError, nearest
 from prune_cli.files.artifacts import write_text
+from prune_cli.reading import read_text
 
 HELP = """usage: prune copy RECIPE NEW
 
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     if not re.fullmatch(r"\w[\w-]*(/\w[\w-]*)*", new):
         raise ConfigError(f"{new!r} is no name for a recipe; use letters, digits, _ and -, with / for a folder below")
     target = Path("recipes/recipe") / f"{new}.yaml"
-    write_text(target, known[recipe].read_text().replace(f"recipe={recipe}", f"recipe={new}"))
+    write_text(target, read_text(known[recipe], ConfigError).replace(f"recipe={recipe}", f"recipe={new}"))
     sys.stdout.write(f"{target}\n")
     sys.stderr.write(f"next: edit it, then prune show recipe={new}   or   prune run recipe={new}\n")
     return 0

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prune_cli.config.compose import compose
-from prune_cli.errors import CheckpointError, ConfigError
+from prune_cli.errors import CheckpointError, ConfigError, first_line
 from prune_cli.files import artifacts
+from prune_cli.files.checkpoint import Checkpoint, read_checkpoint, require_whole
+from prune_cli.reading import mapping, parse_yaml, read_table, read_yaml, shown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prune_cli.data.dataset import Dataset
 
 HELP = """usage: prune evaluate PATH [model=NAME] [dataset=NAME] [split=test|val|train] [key=value ...]
 
@@ -27,7 +34,7 @@ class Subject:
 
     path: Path
     config: dict[str, Any]
-    stored: dict[str, Any] | None = None
+    stored: Checkpoint | None = None
 
 
 def main(arguments: list[str]) -> int:
@@ -36,8 +43,9 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(HELP)
         return 0 if arguments else 2
     path, overrides = Path(arguments[0]), arguments[1:]
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run folder, a stage folder or a file of weights")
+    if not path.is_dir() and not path.is_file():
+        what = "is neither a file nor a folder" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}; give a run folder, a stage folder or a file of weights")
     split = next((text[6:] for text in overrides if text.startswith("split=")), "test")
     if split not in ("train", "val", "test"):
         raise ConfigError(f"split: {split!r} is not one of train, val, test")
@@ -54,21 +62,20 @@ def main(arguments: list[str]) -> int:
     from prune_cli.measure import cost as measure
     from prune_cli.pipeline import build as pipeline
     from prune_cli.pipeline import loading
-    from prune_cli.pipeline.store import read_checkpoint
 
     listen(logging.INFO)
     device = pipeline.choose_device(config.get("device", "auto"))
-    data = pipeline.build_data(config, device)
+    data = _data(subject, config, device)
     if not data.sizes.get(split):
         raise ConfigError(f"split={split} is empty; set dataset.val to a fraction")
-    build = loading.build_architecture(config["model"], data, "", 0).build
+    build = _builder(subject, config["model"], data)
     masks = {}
     small = subject.config.get("model") is not None and container.is_compressed(subject.path)
     if small:
         model, _ = pruned.load_compressed(subject.path, build())
     elif subject.path.is_dir():
         if subject.stored is not None:
-            read_checkpoint(subject.path)
+            require_whole(subject.path)
         model = loading.load_model(subject.path, build)
         masks = pruned.read_masks(subject.path)
     elif subject.path.name == artifacts.WEIGHTS and (subject.path.parent / artifacts.PRUNED).is_file():
@@ -88,6 +95,32 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _data(subject: Subject, config: dict[str, Any], device: Any) -> Dataset:
+    """The data; what is wrong with a dataset that the files name is the files' fault."""
+    from prune_cli.pipeline import build as pipeline
+
+    try:
+        return pipeline.build_data(config, device)
+    except (ConfigError, RuntimeError, MemoryError) as error:
+        if config["dataset"] is not subject.config.get("dataset"):
+            raise
+        raise CheckpointError(f"{subject.path}: the data of its run cannot be had: {first_line(error)}") from error
+
+
+def _builder(subject: Subject, node: dict[str, Any], data: Dataset) -> Callable[[], nn.Module]:
+    """Builds the dense network: as the user named it, or, in bounds, as the files do."""
+    from prune_cli.files import builders
+    from prune_cli.files.weights import extent_of
+    from prune_cli.pipeline import loading
+
+    build = loading.build_architecture(node, data, "", 0).build
+    if node is not subject.config.get("model"):
+        return build
+    weights = subject.path / artifacts.WEIGHTS if subject.path.is_dir() else subject.path
+    builders.require_fitting(node, data.num_classes, data.shape, extent_of(weights), str(subject.path))
+    return builders.guarded(build, str(subject.path))
+
+
 def find_subject(path: Path) -> Subject:
     """The stage folder that a path means, and the config of its run where there is one.
 
@@ -101,8 +134,8 @@ def find_subject(path: Path) -> Subject:
     run = path if (path / artifacts.CONFIG).is_file() else path.parent
     config = _config(run)
     if (path / artifacts.CHECKPOINT).is_file():
-        stored = json.loads((path / artifacts.CHECKPOINT).read_text())
-        return Subject(path, config | {"model": stored["model"]}, stored)
+        stored = read_checkpoint(path)
+        return Subject(path, config | {"model": dict(stored.model)}, stored)
     if (path / artifacts.PRUNED).is_file():
         from prune_cli.files import pruned
 
@@ -112,17 +145,20 @@ def find_subject(path: Path) -> Subject:
     if not stages:
         raise CheckpointError(f"{path} holds no finished stage: no {artifacts.CHECKPOINT} in it or in its folders")
     last = max(stages, key=lambda folder: _position(path, folder.name))
-    stored = json.loads((last / artifacts.CHECKPOINT).read_text())
-    return Subject(last, config | {"model": stored["model"]}, stored)
+    stored = read_checkpoint(last)
+    return Subject(last, config | {"model": dict(stored.model)}, stored)
 
 
 def _config(run: Path) -> dict[str, Any]:
     """The config of a run folder, or nothing where there is none."""
-    if not (run / artifacts.CONFIG).is_file():
+    path = run / artifacts.CONFIG
+    if not path.is_file():
         return {}
-    import yaml
-
-    config: dict[str, Any] = yaml.safe_load((run / artifacts.CONFIG).read_text())
+    config = mapping(read_yaml(path), str(path))
+    for key in {"model", "dataset"} & config.keys():
+        mapping(config[key], f"{path}: {key}")
+    if not isinstance(config.get("device", "auto"), str):
+        raise CheckpointError(f"{path}: device is {shown(config['device'])}, not a name such as cpu")
     return config
 
 
@@ -138,13 +174,10 @@ def _file(path: Path) -> Subject:
 
 def _position(run: Path, stage: str) -> int:
     """The line of a stage in the run's results.csv; the order of stages."""
-    import csv
-
     table = run / artifacts.RESULTS
     if not table.is_file():
         return 0
-    with table.open(newline="") as file:
-        return next((line for line, row in enumerate(csv.DictReader(file)) if row["stage"] == stage), -1)
+    return next((line for line, row in enumerate(read_table(table)) if row.get("stage") == stage), -1)
 
 
 def _merge(subject: Subject, overrides: list[str]) -> dict[str, Any]:
@@ -156,7 +189,9 @@ def _merge(subject: Subject, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f"{subject.path} does not say its {missing[0]}; give {missing[0]}=NAME")
     for node in ("model", "dataset"):
         if node in base and node not in chosen:
-            _require_ours(base[node], node)
+            _require_ours(base[node], node, subject.path)
+    if "dataset" in base and base["dataset"].get("download"):  # what is fetched is for the user to say
+        base["dataset"]["download"] = False
     if not named:
         return base
     fresh = compose([text for text in overrides if text.split(".", 1)[0] not in base or _of(text) in chosen])
@@ -176,8 +211,6 @@ def _of(text: str) -> str:
 
 def _set(config: dict[str, Any], key: str, text: str) -> None:
     """Sets one dotted key of a run's config to a value written as YAML."""
-    import yaml
-
     from prune_cli.errors import nearest
 
     *parents, last = key.split(".")
@@ -186,26 +219,17 @@ def _set(config: dict[str, Any], key: str, text: str) -> None:
         node = node.get(name) if isinstance(node, dict) else None
     if not isinstance(node, dict) or last not in node:
         raise ConfigError(f"{key}: unknown key{nearest(last, node if isinstance(node, dict) else ())}")
-    node[last] = yaml.safe_load(text)
+    node[last] = parse_yaml(text, key, ConfigError)
 
 
-# What a config that came with files may name; a builder of ours cannot be made to run other code.
-OURS = {"model": "prune_cli.models.", "dataset": "prune_cli.data."}
-
-
-def _require_ours(node: dict[str, Any], group: str) -> None:
+def _require_ours(node: dict[str, Any], group: Literal["model", "dataset"], path: Path) -> None:
     """A run folder may come from elsewhere: the code it names must be ours, or be named again by the user."""
-    target = str(node.get("_target_"))
-    if not target.startswith(OURS[group]):
-        raise CheckpointError(
-            f"{group}: these files name code outside prune ({target}); if you trust it, name it again with {group}=OPTION"
-        )
-    if group == "model":
-        from prune_cli.files import builders
+    from prune_cli.files import builders
 
-        builders.require_ours(node, "model")
-    for key, value in node.items():
-        if isinstance(value, dict) and "_target_" in value:
-            raise CheckpointError(
-                f"{group}.{key}: these files name code ({value['_target_']}) where there should be none"
-            )
+    target = str(node.get("_target_"))
+    if not target.startswith("prune_cli."):
+        raise CheckpointError(
+            f"{group}: these files name code outside prune ({shown(target)}); if you trust it, name it again with "
+            f"{group}=OPTION"
+        )
+    builders.require_ours(node, str(path), group)

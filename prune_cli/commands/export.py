@@ -108,18 +108,19 @@ def _networks(path: Path, overrides: list[str]) -> tuple[Any, Any, tuple[int, ..
     from prune_cli.commands.evaluate import find_subject
     from prune_cli.config.compose import compose
     from prune_cli.files import builders, pruned
+    from prune_cli.files.artifacts import WEIGHTS
+    from prune_cli.files.checkpoint import require_whole
+    from prune_cli.files.weights import extent_of
     from prune_cli.pipeline.loading import load_model
-    from prune_cli.pipeline.store import read_checkpoint
 
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; give a run folder, a stage folder or one with pruned.yaml")
     subject = find_subject(path)
     if subject.stored is not None:
-        read_checkpoint(subject.path)
-        classes, shape = subject.stored["num_classes"], subject.stored["in_shape"]
+        said: Any = require_whole(subject.path)
     else:
-        record = pruned.read(subject.path).record
-        classes, shape = record.num_classes, record.in_shape
+        said = pruned.read(subject.path).record
+    classes, shape = said.num_classes, said.in_shape
     if shape is None:
         raise CheckpointError(
             f"{subject.path} does not say the shape of its inputs; save it with builder=... (save_pruned)"
@@ -127,7 +128,8 @@ def _networks(path: Path, overrides: list[str]) -> tuple[Any, Any, tuple[int, ..
 
     def build() -> Any:
         if overrides:
-            return builders.construct(compose(overrides).config["model"], classes, tuple(shape))
-        return builders.build(subject.config["model"], classes, tuple(shape), str(subject.path))
+            return builders.construct(compose(overrides).config["model"], classes, shape)
+        return builders.build(subject.config["model"], classes, shape, extent, str(subject.path))
 
-    return load_model(subject.path, build), build().eval(), tuple(shape)
+    extent = extent_of(subject.path / WEIGHTS)
+    return load_model(subject.path, build), build().eval(), shape

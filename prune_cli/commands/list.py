@@ -15,6 +15,7 @@ from pathlib import Path
 from prune_cli.config import option_files
 from prune_cli.config.locations import GROUPS, description, options
 from prune_cli.errors import ConfigError, nearest
+from prune_cli.reading import read_text
 
 HELP = f"""usage: prune list [GROUP [WORD]]
        prune list --legal [--why] [GROUP=NAME[,NAME...]] [key=value ...]
@@ -53,21 +54,34 @@ def main(arguments: list[str]) -> int:
     groups, rest = [word for word in arguments if word in GROUPS], [word for word in arguments if word not in GROUPS]
     if rest and not groups:
         raise ConfigError(f"there is no group {rest[0]!r}{nearest(rest[0], GROUPS)}")
+    seen: list[Path] = []
     for group in groups or GROUPS:
         found = {name: path for name, path in options(group).items() if _has(rest, name, path)}
         if rest and not found:
             raise ConfigError(f"no {group} has {' and '.join(rest)} in its name or line; see `prune list {group}`")
+        seen += found.values()
         sys.stdout.write(f"{group}\n")
         if group == "recipe":
             for head, names in _by_kind(found):
                 sys.stdout.write(f"\n  {head}\n" + "".join(_lines({name: found[name] for name in names}, 4)))
         else:
             sys.stdout.write("".join(_lines(found, 2)))
+    unreadable = [error for path in seen if (error := _said(path)[1])]
+    if unreadable:
+        raise unreadable[0]
     return 0
 
 
+def _said(path: Path) -> tuple[str, ConfigError | None]:
+    """What an option's file says of itself, or that it cannot be read, and why: one file must not hide the others."""
+    try:
+        return description(path), None
+    except ConfigError as error:
+        return "(its file cannot be read)", error
+
+
 def _has(words: list[str], name: str, path: Path) -> bool:
-    text = f"{name} {description(path)}".lower()
+    text = f"{name} {_said(path)[0]}".lower()
     return all(word.lower() in text for word in words)
 
 
@@ -76,7 +90,7 @@ def _lines(found: Mapping[str, Path], indent: int) -> Iterator[str]:
     width = max(map(len, found), default=0)
     for name, path in found.items():
         head = " " * indent + f"{name:<{width}}  "
-        text = description(path)
+        text = _said(path)[0]
         if sys.stdout.isatty():
             room = shutil.get_terminal_size().columns
             yield textwrap.fill(text, max(room, 40), initial_indent=head, subsequent_indent=" " * len(head)) + "\n"
@@ -97,7 +111,7 @@ def _kind(recipe: str) -> str:
     chosen = dict(DEFAULTS)
     try:
         for path in option_files.files(f"recipe/{recipe}"):
-            chosen |= dict(re.findall(r"^\s*- (?:override )?/(\w+): (\S+)", path.read_text(encoding="utf-8"), re.M))
-    except Exception:  # whatever is wrong with one file must not hide the others
+            chosen |= dict(re.findall(r"^\s*- (?:override )?/(\w+): (\S+)", read_text(path, ConfigError), re.M))
+    except (ConfigError, RecursionError):  # one file, or defaults in a circle, must not hide the others
         return "~ cannot be read"
     return f"{chosen['dataset']}, {REMOVED.get(chosen['granularity'], chosen['granularity'])}"

@@ -23,9 +23,10 @@ from prune_cli.commands import sweep
 from prune_cli.config.compose import compose, hydra_arguments, plain, quoted, require_recipe, translate
 from prune_cli.config.locations import shipped
 from prune_cli.config.overrides import as_written, check_words, choices_of, for_hydra
-from prune_cli.errors import ConfigError, Interrupted, PruneError, shortage
+from prune_cli.errors import ConfigError, Interrupted, PruneError, one_line, shortage
 from prune_cli.files import artifacts
 from prune_cli.files.artifacts import Row
+from prune_cli.files.run_log import RunLog
 
 log = logging.getLogger("prune_cli")
 
@@ -230,7 +231,7 @@ def _leave(error: PruneError, code: int) -> None:
     """Ends the process. Not an Exception: Hydra would print lines of its own about it."""
     if os.environ.get("PRUNE_DEBUG"):
         traceback.print_exc()
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    sys.stderr.write(f"error: {one_line(error)}\n")
     raise SystemExit(code)
 
 
@@ -295,9 +296,7 @@ def _logging(folder: Path) -> None:
         root.removeHandler(handler)
         handler.close()
     with artifacts.writing(folder):
-        file = logging.FileHandler(folder / artifacts.LOG)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    file.setLevel(logging.DEBUG)
+        file = RunLog(folder / artifacts.LOG)
     console = Handler(logging.INFO)
     root.addHandler(file)
     root.addHandler(console)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prune_cli.errors import ConfigError
+from prune_cli.errors import CheckpointError, ConfigError
 from prune_cli.files import artifacts
+from prune_cli.reading import read_json
 
 log = logging.getLogger("prune_cli")
 
@@ -24,11 +24,11 @@ def claim(folder: Path, arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: what that sweep was.
     """
-    try:
-        known = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["overrides"]
-    except FileNotFoundError:
+    if not (folder / SWEEP).exists():
         return
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    try:
+        known = read_json(folder / SWEEP).get("overrides")
+    except CheckpointError:
         known = None
     if known != sorted(arguments):
         said = " ".join(map(str, known)) if isinstance(known, list) else f"one whose {SWEEP} cannot be read"
@@ -83,17 +83,20 @@ def _last(path: Path) -> dict[str, Any] | None:
     """The last row of a job's table, numbers as numbers; None where there is none."""
     import pandas
 
-    rows = pandas.read_csv(path)
+    try:
+        rows = pandas.read_csv(path)
+    except ValueError:  # damaged
+        return None
     return None if rows.empty else {str(key): None if pandas.isna(v) else v for key, v in rows.iloc[-1].items()}
 
 
 def _given(job: Path) -> dict[str, str]:
     """Override -> value, of a job."""
     try:
-        found: Iterable[str] = json.loads((job / JOB).read_text(encoding="utf-8"))["overrides"]
-        return dict(str(text).partition("=")[::2] for text in found)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = read_json(job / JOB).get("overrides")
+    except CheckpointError:
         return {}
+    return dict(str(text).partition("=")[::2] for text in found) if isinstance(found, list) else {}
 
 
 def _discard(sweep: Path) -> None:

@@ -26,6 +26,7 @@ from prune_cli.compression.codec import BITS_OF, Coded, Sizes
 from prune_cli.compression.gaps import fillers
 from prune_cli.compression.huffman import SEGMENT, Stream
 from prune_cli.errors import CheckpointError, ConfigError
+from prune_cli.reading import mapping, opened, parse_json
 from prune_cli.tensors import distinct
 
 MAGIC = b"PRUNEDC1"
@@ -160,9 +161,9 @@ class Content:
 def is_compressed(path: Path) -> bool:
     """Whether a file begins as compressed files do; False for what cannot be read."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return file.read(len(MAGIC)) == MAGIC
-    except OSError:
+    except CheckpointError:
         return False
 
 
@@ -180,10 +181,8 @@ def open_compressed(path: str | os.PathLike[str], most: int = MOST) -> Content:
     Raises:
         CheckpointError: the file can't be read, is damaged, or claims what its bytes can't hold.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
+    with opened(path) as file:
+        content = file.read()
     try:
         return _read(content, most)
     except CheckpointError as error:
@@ -202,7 +201,7 @@ def _read(content: bytes, most: int) -> Content:
     body = memoryview(content)[:-32]
     if start + length > len(body):
         raise CheckpointError("the header is longer than the file")
-    header = json.loads(bytes(body[start : start + length]))
+    header = mapping(parse_json(bytes(body[start : start + length]), "the header"), "the header")
     if header["format"] != 1:
         raise CheckpointError(f"format {header['format']!r} is unknown; this version reads 1")
     position, state, total = start + length, {}, 0

@@ -12,6 +12,7 @@ from prune_cli.config import option_files, trial
 from prune_cli.config import overrides as words
 from prune_cli.config.locations import GROUPS, options, searchpath, shipped
 from prune_cli.errors import ConfigError, first_line, nearest, shortened
+from prune_cli.reading import read_text
 
 
 def require_recipe(overrides: list[str]) -> None:
@@ -47,6 +48,9 @@ def _sweep_values(text: str) -> list[str]:
 def hydra_arguments(overrides: list[str]) -> list[str]:
     """The overrides plus the stages that they or their recipes name, and the user's recipe folders as Hydra's search path,
     unless one was given."""
+    from prune_cli.config.sources import guard
+
+    guard()
     overrides = [*words.for_hydra(overrides, _references(overrides)), *_named_stages(overrides)]
     folders = searchpath()
     if not folders or any(text.startswith("hydra.searchpath=") for text in overrides):
@@ -59,7 +63,7 @@ def _named_stages(overrides: list[str]) -> list[str]:
 
     Composing all of them for every job would take longer than all the rest.
     """
-    optional = re.findall(r"^  - stage@(\w+): null", (shipped() / "config.yaml").read_text(), re.M)
+    optional = re.findall(r"^  - stage@(\w+): null", read_text(shipped() / "config.yaml", ConfigError), re.M)
     given = {text.partition("=")[0] for text in overrides}
     words = {word for text in [*overrides, *_recipe_lines(overrides)] for word in re.findall(r"\w+", text)}
     return [f"stage@{name}={name}" for name in optional if name in words and f"stage@{name}" not in given]
@@ -67,13 +71,11 @@ def _named_stages(overrides: list[str]) -> list[str]:
 
 def _recipe_lines(overrides: list[str]) -> Iterator[str]:
     """Lines of the recipes' files without comments; what is wrong with a file is said when it is composed."""
-    import yaml
-
     for name in [name for text in overrides if text.startswith("recipe=") for name in _sweep_values(text[7:])]:
         try:
             for path in option_files.files(f"recipe/{name}"):
-                yield from (line.split("#")[0] for line in path.read_text().splitlines())
-        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+                yield from (line.split("#")[0] for line in read_text(path, ConfigError).splitlines())
+        except (ConfigError, RecursionError):  # defaults in a circle
             continue
 
 

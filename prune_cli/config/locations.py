@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from prune_cli.errors import ConfigError
+from prune_cli.reading import read_text
+
 GROUPS = (
     "recipe", "model", "dataset", "criterion", "granularity", "schedule", "distillation", "regulariser", "optimizer",
     "lr_schedule", "fit", "stage",
@@ -41,8 +44,12 @@ def find_file(path: Path) -> Path:
 
 
 def description(path: Path) -> str:
-    """The first comment line of a recipe file that is not a Hydra directive."""
-    for line in path.read_text().splitlines():
+    """The first comment line of a recipe file that is not a Hydra directive.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    for line in read_text(path, ConfigError).splitlines():
         if line.startswith("# @package"):
             continue
         return line.lstrip("# ").strip() if line.startswith("#") else ""

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prune_cli.config.locations import GROUPS, options
 from prune_cli.errors import ConfigError, nearest, shortened
+from prune_cli.reading import shown
 
 SPECIAL = ("_target_", "_partial_")
 # Code that shipped files may name; anything else is the user's own and its source is part of the store key.
@@ -135,7 +136,7 @@ def validate(value: Any, path: str, annotation: Any) -> Any:
         if first["type"] in ("callable_type", "dataclass_type") and where.rpartition(".")[2] in GROUPS:
             raise _no_option(found, where) from error
         message = f"{first['msg'][0].lower()}{first['msg'][1:]}".replace("a valid tuple", "a list")
-        raise ConfigError(f"{where}: {message}, got {shortened(repr(found))}") from error
+        raise ConfigError(f"{where}: {message}, got {shown(found)}") from error
     if flag := _flag_as_number(value, found, path):
         raise ConfigError(f"{flag}: input should be a number, not true or false")
     return found

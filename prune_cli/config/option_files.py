@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prune_cli.config.locations import searchpath, shipped
+from prune_cli.errors import ConfigError
+from prune_cli.reading import read_text, read_yaml
 
 LINE = re.compile(
     r"(?P<indent> *)(?P<key>[\w-]+):(?P<value>(?:\s+(?:[^\s#]\S*|#(?=\S)\S*))*)(?:\s+# ?(?P<comment>.*))?"
@@ -25,13 +27,11 @@ def files(name: str) -> list[Path]:
     Args:
         name: group and option, as `granularity/filter`.
     """
-    import yaml
-
     places = [folder / f"{name}.yaml" for folder in (shipped(), *searchpath())]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         return []
-    content = yaml.safe_load(path.read_text())
+    content = read_yaml(path, ConfigError)
     defaults = content.get("defaults", []) if isinstance(content, dict) else []
     found: list[Path] = []
     for entry in defaults:
@@ -48,11 +48,10 @@ def keys(name: str) -> set[str]:
 
 def content(name: str) -> dict[str, Any]:
     """What the files of a config set, by its keys; see `files`."""
-    import yaml
-
     found: dict[str, Any] = {}
     for path in files(name):
-        found |= {str(key): value for key, value in (yaml.safe_load(path.read_text()) or {}).items()}
+        own = read_yaml(path, ConfigError)
+        found |= {str(key): value for key, value in own.items()} if isinstance(own, dict) else {}
     found.pop("defaults", None)
     return found
 
@@ -84,7 +83,7 @@ class Comments:
     def read(self, path: Path, package: str) -> None:
         """Adds those of a file whose keys are in a package."""
         last = ""
-        for line, key in _keyed(path.read_text()):
+        for line, key in _keyed(read_text(path, ConfigError)):
             name = f"{package}.{key}" if package else key
             match = LINE.fullmatch(line)
             if match is None:

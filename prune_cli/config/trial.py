@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from prune_cli.config.locations import options
+from prune_cli.errors import ConfigError
+from prune_cli.reading import parse_yaml, read_text
 
 MOST = {"epochs": 1, "batch_size": 4, "images": 16, "calibration.batch_size": 4, "calibration.images": 16}
 """Keys of a stage, and the most that they are in a trial."""
@@ -47,12 +49,10 @@ def cut(content: dict[str, Any], choices: Mapping[str, str], given: Collection[s
 
 def _tiny(group: str, name: str) -> Iterator[tuple[str, Any]]:
     """Keys of an option, without what they stand under, and the values that make it short."""
-    import yaml
-
     path = options(group).get(name)
-    for line in re.findall(r"^# tiny: (.+)$", path.read_text(encoding="utf-8"), re.M) if path else ():
+    for line in re.findall(r"^# tiny: (.+)$", read_text(path, ConfigError), re.M) if path else ():
         for key, value in re.findall(r"[\w@]+\.([\w.]+)=(\S+)", line):
-            yield key, yaml.safe_load(value)
+            yield key, parse_yaml(value, str(path), ConfigError)
 
 
 def _lower(content: dict[str, Any], path: str, value: Any, given: Collection[str], *, least: bool) -> None:

@@ -6,6 +6,7 @@ Nothing here can run code when it is opened: tensors are safetensors, the rest i
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,18 @@ HISTORY = "history.csv"
 CONFIG = "config.yaml"
 CHOICES = "choices.json"
 COMPRESSED = "weights.compressed"
+NUMBERS = "numbers.json"
 LOG = "run.log"
 
 
 def remembered(tag: str) -> str:
     """The file of a snapshot that a train stage keeps; `*` for all of them."""
     return f"remembered_{tag}.safetensors"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of this name in a stage folder is one that is read, and that a manifest has to cover."""
+    return name in (WEIGHTS, MASKS, CHECKPOINT, PRUNED, MANIFEST, COMPRESSED, NUMBERS) or fnmatch(name, remembered("*"))
 
 
 @dataclass(frozen=True)
@@ -105,9 +113,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageError(
-            f"cannot write {path}: {reason}; free the place or give another one (hydra.run.dir=..., PRUNE_STORE=...)"
-        ) from error
+        hint = "free the place or give another one (hydra.run.dir=..., PRUNE_STORE=...)"
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            hint = "something else deleted it meanwhile; the same command goes on from what is left"
+        raise StorageError(f"cannot write {path}: {reason}; {hint}") from error
 
 
 @contextmanager
@@ -140,12 +149,19 @@ def new_folder(path: Path) -> Iterator[Path]:
                 sync(file)
             sync(temporary)
             temporary.chmod(0o755)
-            if path.exists():
-                shutil.rmtree(path)
+            remove(path)
             os.replace(temporary, path)
             sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link (not what it points to), or a folder with all that is in it; whatever there is, if anything."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import math
 import statistics
@@ -82,9 +83,10 @@ def to_onnx(model: nn.Module, in_shape: Sequence[int], path: Path, opset: int | 
                     opset_version=opset,
                     verbose=False,
                 )
-                program.save(str(temporary), external_data=False)
         except Exception as error:  # the exporter wraps whatever the network's code raised
             raise ConfigError(f"the network cannot be exported to ONNX: {_line(error)}") from error
+        with _quiet():
+            program.save(str(temporary), external_data=False)
         session = _session(temporary)
         worst = _worst(model, in_shape, lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0]))
         _accept(worst, "ONNX", path)
@@ -99,12 +101,14 @@ def to_program(model: nn.Module, in_shape: Sequence[int], path: Path) -> float:
             with _quiet():
                 shapes = ({0: torch.export.Dim("batch", min=1)},)
                 program = torch.export.export(model.eval(), (images,), dynamic_shapes=shapes)
-                with temporary.open("wb") as file:
-                    torch.export.save(program, file)
-                with temporary.open("rb") as file:
-                    loaded = torch.export.load(file).module()
+                # into memory first: on a full disk the writer of torch ends the process
+                content = io.BytesIO()
+                torch.export.save(program, content)
+                content.seek(0)
+                loaded = torch.export.load(content).module()
         except Exception as error:  # torch.export reports the network's own exceptions
             raise ConfigError(f"the network cannot be exported by torch.export: {_line(error)}") from error
+        temporary.write_bytes(content.getbuffer())
         worst = _worst(model, in_shape, loaded)
         _accept(worst, "exported program", path)
     return worst

@@ -2,19 +2,24 @@
 
     SHA256[:16] JSON
 
-A line that is torn or damaged ends the file: it and what comes behind it is forgotten.
+A line that is torn, damaged, or not where it was written ends the file: it and what comes behind it is forgotten.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_cli.errors import PruneError
 from prune_cli.files import artifacts
+from prune_cli.reading import opened, parse_json
+
+log = logging.getLogger(__name__)
 
 DIGITS = 16
 
@@ -35,7 +40,7 @@ class Lines:
         with artifacts.writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                file.write(f"{_checksum(text)} {text}\n".encode())
+                file.write(f"{_checksum(text, file.tell())} {text}\n".encode())
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -48,18 +53,25 @@ class Lines:
         if not self.path.is_file():
             return []
         found, end = [], 0
-        with self.path.open("rb") as file:
+        with opened(self.path) as file:
             for raw in file:
                 text = raw[DIGITS + 1 :].decode(errors="replace").removesuffix("\n")
-                if not raw.endswith(b"\n") or raw[: DIGITS + 1] != f"{_checksum(text)} ".encode():
+                if not raw.endswith(b"\n") or raw[: DIGITS + 1] != f"{_checksum(text, end)} ".encode():
                     break
-                found.append(json.loads(text))
+                try:
+                    found.append(parse_json(text, str(self.path)))
+                except PruneError:  # nothing that `append` wrote
+                    break
                 end += len(raw)
         if end < self.path.stat().st_size:
+            log.warning(
+                "%s is damaged from line %d on; what it held from there is computed again", self.path, len(found) + 1
+            )
             with artifacts.writing(self.path):
                 os.truncate(self.path, end)
         return found
 
 
-def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+def _checksum(text: str, place: int) -> str:
+    """Of a line and the byte at which it begins, so that none can be taken out, moved or repeated."""
+    return hashlib.sha256(f"{place} {text}".encode()).hexdigest()[:DIGITS]

@@ -37,12 +37,14 @@ from prune_cli import masks as masking
 from prune_cli.compression import container
 from prune_cli.errors import CheckpointError, ConfigError, SurgeryError, nearest
 from prune_cli.files import artifacts
-from prune_cli.files.builders import FAMILIES, PLAIN, build, construct
+from prune_cli.files.builders import FAMILIES, PLAIN, build, construct, require_plain
+from prune_cli.files.checkpoint import require_classes, require_shape
 from prune_cli.files.fitting import fit_weights
-from prune_cli.files.weights import load_weights, read_state_dict, write_weights
+from prune_cli.files.weights import Extent, extent_of, extent_of_state, load_weights, read_state_dict, write_weights
 from prune_cli.hashing import file_sha256
 from prune_cli.layers import replacing, stripes
 from prune_cli.ranges import indices_of, ranges
+from prune_cli.reading import mapping, read_yaml, shown
 from prune_cli.structure import rebuild
 from prune_cli.structure.lineage import Lineage, Replacement
 from prune_cli.structure.prunable import PRUNABLE
@@ -213,9 +215,8 @@ def read(folder: Path) -> Found:
         CheckpointError: missing, damaged, altered, or of another format.
     """
     path = folder / artifacts.PRUNED
-    content = _content(path)
+    content = mapping(read_yaml(path), str(path))
     try:
-        record, widths = _described(content, path)
         for name, expected in content["sha256"].items():
             if name not in (artifacts.WEIGHTS, artifacts.MASKS) or file_sha256(folder / name) != expected:
                 raise CheckpointError(
@@ -225,43 +226,56 @@ def read(folder: Path) -> Found:
             raise CheckpointError(f"{path}: no sha256 of {artifacts.WEIGHTS}; the file was edited or cut")
         if content["checksum"] != _checksum(content):
             raise CheckpointError(f"{path} was edited after it was written: its checksum differs")
+        record, widths = _described(content, path, extent_of(folder / artifacts.WEIGHTS))
         return Found(record, widths, bool(content["masks"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a {artifacts.PRUNED}: {error!r}") from error
+    except _DAMAGES as error:
+        raise CheckpointError(f"{path} is not a {artifacts.PRUNED}: {shown(error)}") from error
 
 
-def _described(content: Mapping[str, Any], path: Path) -> tuple[Record, dict[str, int]]:
+# What values of other types and forms than `description` makes raise where they are used.
+_DAMAGES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+def _described(content: Mapping[str, Any], path: Path, extent: Extent) -> tuple[Record, dict[str, int]]:
     """The inverse of `description`: the record, and the widths of the layers.
+
+    Args:
+        extent: of the weights. Every kept index is a row or column of theirs, so there are no more indices than numbers.
 
     Raises:
         CheckpointError: of another format, or values that are never set.
-        KeyError, TypeError, ValueError, AttributeError: not what `description` makes.
+        LookupError, TypeError, ValueError, AttributeError: not what `description` makes.
     """
     if content["format"] not in FORMATS:
         known = ", ".join(map(str, FORMATS))
-        raise CheckpointError(f"{path}: format {content['format']!r} is none of {known}, which this version reads")
-    lineage = _lineage(content, path)
+        raise CheckpointError(f"{path}: format {shown(content['format'])} is none of {known}, which this version reads")
+    lineage = _lineage(content, path, [extent.elements])
     if content["format"] == 1:
-        lineage = replace(lineage, replaced=_of_stripes(content.get("stripes", {})))
-    shape = content["in_shape"]
+        lineage = replace(lineage, replaced=_of_stripes(content.get("stripes", {}), extent.elements))
+    shape, classes = content["in_shape"], content["num_classes"]
     record = Record(
         node={"_target_": content["model"]["builder"], **content["model"]["arguments"]},
         lineage=lineage,
-        num_classes=content["num_classes"],
-        in_shape=None if shape is None else tuple(int(size) for size in shape),
+        num_classes=None if classes is None else require_classes(classes, str(path)),
+        in_shape=None if shape is None else require_shape(shape, str(path)),
         dense_sha256=content["dense_sha256"],
         cfg={key: content[key] for key in ("cfg", "projection") if key in content},
     )
     return record, {str(name): int(width) for name, width in content["widths"].items()}
 
 
-def _lineage(content: Mapping[str, Any], path: Path, depth: int = 0) -> Lineage:
-    """The inverse of `_content_of`; raises as `_described` does."""
+def _lineage(content: Mapping[str, Any], path: Path, left: list[int], depth: int = 0) -> Lineage:
+    """The inverse of `_content_of`; raises as `_described` does.
+
+    Args:
+        left: how many indices there may still be; what is read is taken off.
+    """
     if depth > DEPTH:
         raise CheckpointError(f"{path}: more than {DEPTH} replaced modules inside each other")
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
     for group in content["kept"]:
-        indices = indices_of(group["indices"])
+        indices = indices_of(group["indices"], left[0])
+        left[0] -= len(indices)
         for place in group["axes"]:
             name, axis = str(place).rsplit(" ", 1)
             kept.setdefault(name, {})[int(axis)] = indices
@@ -270,39 +284,35 @@ def _lineage(content: Mapping[str, Any], path: Path, depth: int = 0) -> Lineage:
     for name, one in content["replaced"].items() if content.get("format") != 1 else ():
         if one["kind"] not in replacing.KINDS:
             raise CheckpointError(
-                f"{path}: replaced.{name} is of a kind {one['kind']!r} that this version does not know"
+                f"{path}: replaced.{name} is of a kind {shown(one['kind'])} that this version does not know"
                 f"{nearest(str(one['kind']), replacing.KINDS)}"
             )
-        inside = _lineage(one["inside"], path, depth + 1) if "inside" in one else Lineage()
+        inside = _lineage(one["inside"], path, left, depth + 1) if "inside" in one else Lineage()
         replaced[str(name)] = Replacement(one["kind"], _data(one["data"], f"{path}: replaced.{name}.data"), inside)
     return Lineage(kept, _attributes(content["attributes"], path), scales, replaced)
 
 
-def _of_stripes(given: Mapping[str, Any]) -> dict[str, Replacement]:
+def _of_stripes(given: Mapping[str, Any], most: int) -> dict[str, Replacement]:
     """What format 1 says of convolutions that consist of stripes."""
-    return {str(name): Replacement("stripes", stripes.data_of(indices_of(numbers))) for name, numbers in given.items()}
+    found = {}
+    for name, numbers in given.items():
+        indices = indices_of(numbers, most)
+        most -= len(indices)
+        found[str(name)] = Replacement("stripes", stripes.data_of(indices))
+    return found
 
 
 def _data(given: Any, where: str) -> dict[str, Any]:
     """The data of a replacement, if they are plain values and lists of them."""
     if not isinstance(given, dict):
-        raise CheckpointError(f"{where} is {given!r}; it is a mapping of plain values")
+        raise CheckpointError(f"{where} is {shown(given)}; it is a mapping of plain values")
     for key, value in given.items():
         for item in value if isinstance(value, list) else [value]:
             if not (item is None or isinstance(item, (*PLAIN, str))):
-                raise CheckpointError(f"{where}.{key} holds {item!r}; only plain values and lists of them are read")
+                raise CheckpointError(
+                    f"{where}.{key} holds {shown(item)}; only plain values and lists of them are read"
+                )
     return {str(key): value for key, value in given.items()}
-
-
-def _content(path: Path) -> dict[str, Any]:
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        content = yaml.load(path.read_text(), Loader=loader)  # a safe loader: plain values only
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a {artifacts.PRUNED}: it holds no mapping")
-    return content
 
 
 def _attributes(given: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
@@ -312,7 +322,7 @@ def _attributes(given: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any
             items = value if isinstance(value, list) else [value]
             if not all(isinstance(item, PLAIN) for item in items):
                 raise CheckpointError(
-                    f"{path}: attributes.{module}.{key} is {value!r}; only numbers, true, false and lists of them are set"
+                    f"{path}: attributes.{module}.{key} is {shown(value)}; only numbers, true, false and lists of them are set"
                 )
     return {str(module): dict(values) for module, values in given.items()}
 
@@ -327,27 +337,49 @@ def load(folder: Path, model: nn.Module | None = None) -> nn.Module:
         CheckpointError: files that are damaged or altered or do not fit, or a builder that is not this package's.
     """
     found = read(folder)
-    small = _rebuilt(found.record, found.widths, folder / artifacts.PRUNED, model)
+    small = _rebuilt(
+        found.record, found.widths, folder / artifacts.PRUNED, model, extent_of(folder / artifacts.WEIGHTS)
+    )
     load_weights(small, folder / artifacts.WEIGHTS)
     if found.has_masks:
         masking.apply(small, _fitting(read_masks(folder), small, folder))
     return small.eval()
 
 
-def _rebuilt(record: Record, expected: Mapping[str, int], path: Path, model: nn.Module | None) -> nn.Module:
+def _rebuilt(
+    record: Record, expected: Mapping[str, int], path: Path, model: nn.Module | None, extent: Extent
+) -> nn.Module:
     """The small network of a record, with weights that do not matter yet."""
-    dense = model if model is not None else build(record.node, record.num_classes, record.in_shape, str(path))
+    dense = model
+    if dense is None:
+        dense = build(record.node, record.num_classes, record.in_shape, extent, str(path))
     try:
         small = rebuild.rebuild(dense, record.lineage)
-    except (SurgeryError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"{path} does not fit {type(dense).__name__}: {' '.join(str(error).split())}") from error
+    except (SurgeryError, RuntimeError, *_DAMAGES) as error:
+        raise CheckpointError(f"{path} does not fit {type(dense).__name__}: {_line(error)}") from error
     widths = recorded_widths(small)
     for name, width in expected.items():
         if widths.get(name) != width:
             raise CheckpointError(
                 f"{path}: layer {name!r} should have {width} outputs, the network has {widths.get(name)}"
             )
+    if record.lineage and record.in_shape is not None:
+        _try(small, record.in_shape, path)
     return small
+
+
+@torch.no_grad()
+def _try(model: nn.Module, in_shape: tuple[int, ...], path: Path) -> None:
+    """Runs one image, as attributes and replaced layers of a file can contradict each other in any way."""
+    parameter = next(model.parameters(), torch.empty(0))
+    try:
+        model.eval()(torch.zeros(1, *in_shape, dtype=parameter.dtype, device=parameter.device))
+    except Exception as error:
+        raise CheckpointError(f"{path}: the network fails on an input of {in_shape}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_compressed(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, Record]:
@@ -358,24 +390,26 @@ def load_compressed(path: Path, model: nn.Module | None = None) -> tuple[nn.Modu
             or does not fit, or a builder that is not this package's.
     """
     content = container.open_compressed(path)
-    record, widths = _network(content.network, path)
-    small = _rebuilt(record, widths, path, model)
+    extent = extent_of_state(content.state)
+    record, widths = _network(content.network, path, extent)
+    small = _rebuilt(record, widths, path, model, extent)
     fit_weights(small, content.state, str(path))
     return small.eval(), record
 
 
 def read_compressed(path: Path) -> Record:
     """What a compressed file says of its network; raises as `load_compressed` does."""
-    return _network(container.open_compressed(path).network, path)[0]
+    content = container.open_compressed(path)
+    return _network(content.network, path, extent_of_state(content.state))[0]
 
 
-def _network(network: Any, path: Path) -> tuple[Record, dict[str, int]]:
+def _network(network: Any, path: Path, extent: Extent) -> tuple[Record, dict[str, int]]:
     if network is None:
         raise CheckpointError(f"{path} holds tensors but does not say of which network; load it as weights")
     try:
-        return _described(network, path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: what it says of the network is damaged: {error!r}") from error
+        return _described(network, path, extent)
+    except _DAMAGES as error:
+        raise CheckpointError(f"{path}: what it says of the network is damaged: {shown(error)}") from error
 
 
 def read_masks(folder: Path) -> dict[str, Tensor]:
@@ -401,13 +435,14 @@ def read_cfg(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: no such file, or no cfg in it.
+        CheckpointError: it names code.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the cfg {path}: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, ConfigError)
     if not isinstance(content, dict) or not isinstance(content.get("cfg"), list):
         raise ConfigError(
             f"{path} has no `cfg:` list; a {artifacts.PRUNED} has one where its model is built from widths (vgg, resnet)"
         )
-    return {key: content[key] for key in ("cfg", "projection") if content.get(key) is not None}
+    found = {key: content[key] for key in ("cfg", "projection") if content.get(key) is not None}
+    for key, value in found.items():
+        require_plain(value, f"{path}: {key}")
+    return found

@@ -26,7 +26,7 @@ class Stripes:
         if type(dense) is not nn.Conv2d:
             raise SurgeryError(f"a {type(dense).__name__} is no convolution that could hold stripes")
         total = dense.out_channels * math.prod(dense.kernel_size)
-        numbers = indices_of(data["stripes"])
+        numbers = indices_of(data["stripes"], total)
         if numbers and numbers[-1] >= total:
             raise SurgeryError(f"stripes are not increasing numbers below {total}")
         keep = torch.zeros(total, dtype=torch.bool)

@@ -135,7 +135,9 @@ def _step(
     here = {group: choices.get(f"{group}@{stage}.{group}", choices.get(group)) for group in CHOICES}
     used = {group: name if group in node else None for group, name in here.items()}
     code = code_behind([node, *origin])
-    return Step(name, run, content_key(node), used, code, declaration(run.func, run.keywords), run.keywords)
+    return Step(
+        name, run, content_key(_without_pace(node)), used, code, declaration(run.func, run.keywords), run.keywords
+    )
 
 
 def _check_outputs(state: State) -> None:
@@ -248,6 +250,14 @@ def build_data(config: Mapping[str, Any], device: torch.device) -> Dataset:
             "; see `prune list dataset`"
         )
     return data.limit(config.get("limit_batches")).to(device)
+
+
+def _without_pace(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage node without what changes no byte of its result: how often it can be resumed."""
+    fit = node.get("fit")
+    if not isinstance(fit, Mapping):
+        return dict(node)
+    return {**node, "fit": {key: value for key, value in fit.items() if key != "checkpoint_seconds"}}
 
 
 def _without_place(node: Mapping[str, Any]) -> dict[str, Any]:

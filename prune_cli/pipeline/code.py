@@ -2,7 +2,7 @@
 
 The imports are followed as text, without running anything, from the functions that a config node names by `_target_`.
 What only carries results from stage to stage (`pipeline`, `files`) or says something to people does not count: results
-go on from what was written, and a change of the format raises `store.FORMAT`.
+go on from what was written, and a change of the format raises `checkpoint.FORMAT`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
-CARRIES = ("prune_cli.pipeline", "prune_cli.files", "prune_cli.commands", "prune_cli.config")
+CARRIES = ("prune_cli.pipeline", "prune_cli.files", "prune_cli.commands", "prune_cli.config", "prune_cli.reading")
 SAYS = ("prune_cli.console", "prune_cli.progress", "prune_cli.signals", "prune_cli.errors", "prune_cli.__init__")
 MEASURES = ("prune_cli.measure.accuracy", "prune_cli.measure.cost", "prune_cli.measure.storage")
 

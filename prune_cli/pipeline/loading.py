@@ -14,10 +14,10 @@ from prune_cli.config.nodes import TRUSTED, locate, parameters_of, resolve
 from prune_cli.data.dataset import Dataset
 from prune_cli.errors import ConfigError, PruneError, first_line
 from prune_cli.files import artifacts, builders, pruned
-from prune_cli.files.weights import load_weights
+from prune_cli.files.checkpoint import read_checkpoint, require_whole
+from prune_cli.files.weights import extent_of, load_weights
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline.state import Architecture, State, derive_seed
-from prune_cli.pipeline.store import read_checkpoint
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.rebuild import rebuild
 from prune_cli.training.distributed import World
@@ -62,17 +62,18 @@ def restore(folder: Path, state: State) -> State:
     lineage: Lineage | None = None
     masks: Mapping[str, Tensor] = {}
     if world.main:
-        node = _node(folder)
-        model, masks = load_model(folder, _architecture(node, state).build), pruned.read_masks(folder)
-        lineage, forms = _lineage(folder), _forms(folder)
+        stored = read_checkpoint(folder)
+        node, forms = dict(stored.model), dict(stored.forms)
+        model, masks = load_model(folder, _architecture(node, state, folder).build), pruned.read_masks(folder)
+        lineage = _lineage(folder)
     architecture, lineage = _architecture(world.broadcast(node), state), _same_lineage(world, lineage)
     model = _shared(state, model, architecture, lineage)
     masks = {name: mask.to(state.device) for name, mask in world.broadcast_tensors(masks).items()}
-    forms = {name: MaskFormat(**form) for name, form in world.broadcast(forms).items()}
+    formats = {name: MaskFormat(**form) for name, form in world.broadcast(forms).items()}
     tags = world.broadcast(_tags(folder) if world.main else None)
     remembered = {**state.remembered, **{tag: folder / artifacts.remembered(tag) for tag in tags}}
     return state.evolve(
-        model=model, architecture=architecture, masks=masks, forms=forms, lineage=lineage, remembered=remembered
+        model=model, architecture=architecture, masks=masks, forms=formats, lineage=lineage, remembered=remembered
     )
 
 
@@ -88,12 +89,6 @@ def _shared(state: State, model: nn.Module | None, architecture: Architecture, l
     return model.to(state.device).eval()
 
 
-def _node(folder: Path) -> dict[str, Any]:
-    """Builder and arguments of the dense network that a stage folder started from."""
-    node: dict[str, Any] = json.loads((folder / artifacts.CHECKPOINT).read_text())["model"]
-    return node
-
-
 def _tags(folder: Path) -> list[str]:
     """Of the snapshots that a stage left in its folder."""
     before, after = artifacts.remembered("*").split("*")
@@ -101,22 +96,24 @@ def _tags(folder: Path) -> list[str]:
     return [name.removeprefix(before).removesuffix(after) for name in names]
 
 
-def _forms(folder: Path) -> dict[str, Any]:
-    """How the masks of a stage folder are stored."""
-    forms: dict[str, Any] = json.loads((folder / artifacts.CHECKPOINT).read_text()).get("forms", {})
-    return forms
-
-
-def _architecture(node: Mapping[str, Any], state: State) -> Architecture:
+def _architecture(node: Mapping[str, Any], state: State, folder: Path | None = None) -> Architecture:
     """The run's own architecture where the node is its, else the one that a cfg or a teacher has.
 
+    Args:
+        folder: what the node was read from; None where that was on another rank, which has looked at it.
+
     Raises:
-        CheckpointError: the node names code outside this package.
+        CheckpointError: the node names code outside this package, or a network that is too large for the folder's files.
     """
     if node == state.architecture.node:
         return state.architecture
     builders.require_ours(node, "the stage folder")
-    return build_architecture(node, state.data, state.architecture.name, state.seed)
+    found = build_architecture(node, state.data, state.architecture.name, state.seed)
+    if folder is None:
+        return found
+    extent = extent_of(folder / artifacts.WEIGHTS)
+    builders.require_fitting(node, state.data.num_classes, state.data.shape, extent, str(folder))
+    return Architecture(builders.guarded(found.build, str(folder)), found.node, found.name)
 
 
 def _same_lineage(world: World, lineage: Lineage | None) -> Lineage | None:
@@ -154,10 +151,8 @@ def load_teacher(state: State, teacher: Literal["dense"] | Path) -> nn.Module:
     world, node, model = state.world, None, None
     lineage: Lineage | None = None
     if world.main and folder.is_dir():
-        if teacher != "dense":
-            read_checkpoint(folder)
-        node, lineage = _node(folder), _lineage(folder)
-        model = load_model(folder, _architecture(node, state).build)
+        node = dict((read_checkpoint if teacher == "dense" else require_whole)(folder).model)
+        model, lineage = load_model(folder, _architecture(node, state, folder).build), _lineage(folder)
     elif world.main:
         node, model = dict(state.architecture.node), state.architecture.build()
         load_weights(model, folder)

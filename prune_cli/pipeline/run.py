@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import time
@@ -18,6 +17,7 @@ import torch
 from prune_cli.errors import Interrupted, TrainingError
 from prune_cli.files import artifacts, pruned
 from prune_cli.files.artifacts import Row
+from prune_cli.files.checkpoint import read_checkpoint
 from prune_cli.files.weights import write_weights
 from prune_cli.pipeline import results, shrinking
 from prune_cli.pipeline.code import changed
@@ -51,6 +51,8 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
         )
         steps.insert(0, as_it_is)
     dense: Mapping[str, Any] | None = None
+    if state.world.main:
+        store.refer(folder)
     for number, step in enumerate(steps, 1 if steps[0].name != INITIAL else 0):
         if state.world.any(state.interrupted()):
             raise Interrupted(f"stopped before {step.name}; the same command goes on there")
@@ -185,5 +187,5 @@ def _write(state: State, facts: Mapping[str, Any], folder: Path) -> None:
 
 
 def _measured(folder: Path) -> dict[str, Any]:
-    checkpoint = json.loads((folder / artifacts.CHECKPOINT).read_text())
-    return checkpoint["measured"] | {"weights_sha256": checkpoint["weights_sha256"]}
+    checkpoint = read_checkpoint(folder)
+    return {**checkpoint.measured, "weights_sha256": checkpoint.weights_sha256}

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-import yaml
 from torch import nn
 
 from prune_cli.config.locations import find_file
 from prune_cli.errors import ConfigError, nearest
 from prune_cli.granularities.units import Ratio
+from prune_cli.reading import read_yaml, shown
 from prune_cli.structure.prunable import Target, layers, target
 
 
@@ -130,9 +130,9 @@ def _why(rule: LayerSelector, found: dict[str, nn.Module]) -> str:
 def _from_file(names: Collection[str], path: Path) -> dict[str, float | str]:
     path = find_file(path)
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"granularity.ratio_file: cannot read {path} ({' '.join(str(error).split())})") from error
+        content = read_yaml(path, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"granularity.ratio_file: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("prune_ratio"), dict):
         raise ConfigError(f"{path}: needs a mapping prune_ratio: {{parameter name: ratio}}")
     chosen: dict[str, float | str] = {}
@@ -147,5 +147,5 @@ def _from_file(names: Collection[str], path: Path) -> dict[str, float | str]:
         elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
             chosen[name] = float(value)
         else:
-            raise ConfigError(f"{path}: {key}: {value!r} is neither a ratio in [0, 1) nor of the form m4n2")
+            raise ConfigError(f"{path}: {key}: {shown(value)} is neither a ratio in [0, 1) nor of the form m4n2")
     return chosen

@@ -53,6 +53,8 @@ class Journal:
         lines = self._world.broadcast(self._lines.read() if self._world.main else None)
         record = Record()
         for line in lines:
+            if not isinstance(line, dict):
+                return Record()  # another version's
             if record.problem is None:
                 record.problem = line["problem"]
             elif "part" in line:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +102,15 @@ def _check_attributes(model: nn.Module, lineage: Lineage) -> None:
             old = getattr(modules[name], key)
             if key.startswith("_") or not (old is None or isinstance(old, (*SET, list, tuple))):
                 raise SurgeryError(f"attributes.{name}.{key} is no number of this network; it is not set")
+            if max(_whole(values[key]), default=0) > max(_whole(old), default=math.inf):
+                raise SurgeryError(
+                    f"attributes.{name}.{key} is larger than in the dense network; surgery makes it smaller"
+                )
+
+
+def _whole(value: Any) -> list[int]:
+    """The sizes of the whole numbers in a value."""
+    return [abs(item) for item in (value if isinstance(value, list | tuple) else [value]) if type(item) is int]
 
 
 def place(model: nn.Module, replaced: Mapping[str, Replacement]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from prune_cli.pipeline import code
@@ -81,6 +83,6 @@ def test_damaged_notes_only_cost_the_message(prune, edit, workplace):
 
 def test_gc_forgets_notes_of_results_that_are_gone(prune, workplace):
     result = prune("run", *TINY)
-    (result.folder / "results.csv").unlink()
-    assert prune("store", "--gc").code == 0
+    shutil.rmtree(result.folder)
+    assert prune("store", "--gc", "--hours", "0").code == 0
     assert not list((workplace / "outputs/store/code").glob("*.json"))
