@@ -25,7 +25,8 @@ from prune_cli.config.locations import options
 from prune_cli.config.nodes import resolve
 from prune_cli.criteria.criterion import Criterion, LayerView
 from prune_cli.criteria.scoring import view_of
-from prune_cli.criteria.statistics import Loss, Statistics, collect
+from prune_cli.criteria.statistics import Statistics, collect
+from prune_cli.data.dataset import Loss
 from prune_cli.errors import ConfigError, nearest
 from prune_cli.files import artifacts, builders, pruned
 from prune_cli.files.pruned import Record

@@ -33,11 +33,7 @@ def require_recipe(overrides: list[str]) -> None:
 
 def _require_package(path: Path) -> None:
     """Refuses a recipe whose keys would not be those of the root, but of a node `recipe`."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):  # said where it is composed
-        return
-    if not any(re.match(r"#\s*@package\s+_global_\s*$", line) for line in lines):
+    if not any(re.match(r"#\s*@package\s+_global_\s*$", line) for line in read_text(path, ConfigError).splitlines()):
         raise ConfigError(f"{path}: the first line of a recipe must be '# @package _global_'")
 
 

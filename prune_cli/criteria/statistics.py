@@ -21,13 +21,11 @@ from prune_cli.criteria import sites as finding
 from prune_cli.criteria.criterion import At
 from prune_cli.criteria.needs import GradientSample, InputSample, Need, OutputSample, RunningSum
 from prune_cli.criteria.sites import LAYERS, Sites, TrackedOutput
+from prune_cli.data.dataset import Loss
 from prune_cli.errors import ConfigError
 from prune_cli.progress import track
 from prune_cli.structure import prunable
 from prune_cli.structure.modes import composed_attention, evaluating
-
-Loss = Callable[[nn.Module, Any, Tensor], Tensor]
-"""(model, images, labels) -> mean loss of the batch, a scalar."""
 
 Statistics = dict[str, dict[str, Tensor]]
 """Parameter name -> need -> what was measured."""

@@ -7,13 +7,15 @@ in workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
+Loss = Callable[[nn.Module, Any, Tensor], Tensor]
+"""(model, images, labels) -> what a batch costs, a scalar: the mean over its images."""
 Shard = tuple[int, int]  # (rank, world): the share of every batch that one of several processes works on
 
 SPLITS = ("train", "val", "test")

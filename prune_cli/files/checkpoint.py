@@ -24,14 +24,15 @@ SIDES, ELEMENTS = 1 << 16, 1 << 24
 CLASSES = 1 << 24
 
 # What a row of the tables is made of, beside what `Row` itself names.
-_COUNTS = ("params", "params_nonzero", "conv_params", "conv_params_nonzero", "macs", "macs_nonzero", "bytes", "epochs")
+_COUNTS = ("params", "params_nonzero", "macs", "macs_nonzero", "bytes", "epochs")
+_NEWER = ("conv_weights", "conv_weights_nonzero")  # counts that 0.1 did not write
 _FACTS = (
     "acc1", "acc5", "loss", "acc1_val", "select_on", "ratio_requested", "ratio_prunable", "seconds", "device",
     "latency_ms_b1", "latency_p95_ms_b1", "latency_ms_b64", "latency_p95_ms_b64", "throughput_b64",
 )  # fmt: skip
 _KINDS: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 _COLUMNS = {field.name: str(field.type).split(" | ") for field in fields(Row)}
-_COUNTED = {key: ["int"] for key in _COUNTS}
+_COUNTED = {key: ["int"] for key in (*_COUNTS, *_NEWER)}
 
 
 @dataclass(frozen=True)

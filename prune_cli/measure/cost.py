@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from prune_cli.measure.macs import MacCounter
 from prune_cli.structure.interpreter import Example
 from prune_cli.structure.modes import composed_attention, evaluating
+from prune_cli.structure.originals import Originals
 from prune_cli.structure.prunable import owner
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
@@ -212,11 +213,18 @@ def _count(
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Puts back what modules keep of a forward pass as attributes: on `meta`, such a cache would break the next one."""
+    """Puts back what modules keep of a forward pass, in attributes, lists and buffers: a cache on `meta`, or a count."""
     states = [(vars(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    written = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    originals = Originals(tuple(model.named_modules()))
+    for plain, *_ in states:
+        originals.remember(plain)
     try:
         yield
     finally:
+        originals.restore()
+        for buffer, before in written:
+            buffer.copy_(before)
         for plain, before, buffers in states:
             plain.clear()
             plain.update(before)

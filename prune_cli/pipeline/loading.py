@@ -37,9 +37,9 @@ def build_architecture(node: Mapping[str, Any], data: Dataset, name: str, seed: 
     parameters = parameters_of(locate(str(node.get("_target_")), "model"), "model")
     content |= {key: value for key, value in facts.items() if key in parameters and key not in content}
 
-    def make() -> nn.Module:
+    def make(purpose: str = "model") -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "model"))
+            torch.manual_seed(derive_seed(seed, purpose))
             try:
                 model = resolve(content, "model")
             except PruneError:

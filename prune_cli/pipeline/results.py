@@ -167,7 +167,7 @@ def row(
     key: str,
 ) -> Row:
     params = (dense or facts)["params"]
-    of_convs = (dense or facts)["conv_weights"]
+    of_convs, conv_left = (dense or facts).get("conv_weights"), facts.get("conv_weights_nonzero")
     nonzero, stored = facts["params_nonzero"], facts.get("bytes_stored")
     return Row(
         recipe=labels["recipe"],
@@ -183,7 +183,7 @@ def row(
         ratio_prunable=facts["ratio_prunable"],
         ratio_channels=facts.get("ratio_channels"),
         ratio_total=1 - nonzero / params,
-        ratio_conv=1 - facts["conv_weights_nonzero"] / of_convs if of_convs else None,
+        ratio_conv=1 - conv_left / of_convs if of_convs and conv_left is not None else None,
         sparsity=1 - nonzero / facts["params"],
         params=facts["params"],
         params_nonzero=nonzero,

@@ -25,12 +25,13 @@ class Architecture:
     """How to build the dense network again.
 
     Attributes:
-        build: makes the network with fresh weights, drawn from its own generator.
+        build: makes the network with fresh weights, drawn from a generator of its own, which the run's seed and the
+            purpose that may be given decide.
         node: builder and arguments as JSON data; what `checkpoint.json` records.
         name: the option's name, for tables.
     """
 
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     node: Mapping[str, Any]
     name: str
 

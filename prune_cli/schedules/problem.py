@@ -164,6 +164,8 @@ class Problem:
         shrinks: whether `Shrink` can be asked for.
         tags: snapshots that are there from the start.
         seed: of the stage.
+        steps: optimizer steps of an epoch.
+        scope: whether units compete inside each group, `layer`, inside each row of one, `row`, or all together, `global`.
     """
 
     groups: tuple[Group, ...]
@@ -174,6 +176,13 @@ class Problem:
     shrinks: bool
     tags: tuple[str, ...]
     seed: int
+    steps: int
+    scope: Literal["layer", "row", "global"]
+
+    @property
+    def remains(self) -> float:
+        """Fraction of the target's quantity that may remain, in (0, 1]."""
+        return min(self.budget / self.cost(self.whole), 1.0) if self.groups else 1.0
 
     @property
     def whole(self) -> dict[str, int]:

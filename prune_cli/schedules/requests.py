@@ -28,6 +28,7 @@ class Mask:
         fraction: how much of the granularity's ratio or budget to apply to the network as it is, in [0, 1].
         kept: units that stay in each group, instead of a fraction; met exactly.
         monotone: what is masked already stays masked.
+        random: choose at random instead of by the criterion, as for a control.
         soft: what is masked may grow back in soft training: of filters only the rows that produce them are zeroed. The
             whole mask holds as soon as training is not soft, and at the end.
     """
@@ -36,6 +37,7 @@ class Mask:
     kept: Kept | None = None
     monotone: bool = True
     soft: bool = False
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Train:
     the validation split; None where there was no epoch, or there is no such split.
 
     Attributes:
-        epochs: how many; None = to the end of `total`.
+        epochs: how many; None = to the end of `total`, where `steps` does not say otherwise.
+        steps: optimizer steps instead of epochs.
         total: epochs of the training that these are a part of, to which the learning-rate schedule refers: parts of one
             training give the same number. None: a training of its own, with fresh moments.
         soft: what is masked may grow again; else it is held at zero.
@@ -55,6 +58,7 @@ class Train:
 
     epochs: int | None = None
     total: int | None = None
+    steps: int | None = None
     soft: bool = False
     penalty: bool = False
 
@@ -84,17 +88,24 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Remember:
-    """Keep a snapshot of weights, masks and clock under a tag. Answer: None."""
+    """Keep a snapshot of weights, masks and clock under a tag. Answer: None.
+
+    Attributes:
+        tag: a name.
+        leave: also leave the weights in the stage's folder when it is done, as `remembered_TAG.safetensors`: later stages
+            can go back to them.
+    """
 
     tag: str
+    leave: bool = False
 
 
 @dataclass(frozen=True)
 class Restore:
     """Go back to a snapshot. Answer: None.
 
-    `init` is the network's initial weights, and the tags of an earlier train stage (`train.remember`) are there too. A
-    snapshot goes along when the network shrinks.
+    `init` is the network's initial weights, `fresh` other initial weights, and the tags of an earlier train stage
+    (`train.remember`) are there too. A snapshot goes along when the network shrinks.
 
     Attributes:
         tag: one of `problem.tags` or of an earlier `Remember`.
@@ -118,15 +129,17 @@ class Shrink:
 class Project:
     """Renew, for every constraint set of the granularity, the projection Z of W + U and the scaled dual U += W - Z.
 
-    The first one begins with U = 0 and makes Z alone. See `prune_cli/admm.py`.
+    The first one begins with U = 0 and makes Z alone. See `prune_cli/training/admm.py`.
 
     Answer: `{name of the set: {"primal", "dual"}}`: residuals over all weights; None where there is none.
 
     Attributes:
         rho: weight of the penalty in the training that follows.
+        kept: units that stay in each group, instead of what the granularity asks for.
     """
 
     rho: float
+    kept: Kept | None = None
 
 
 Request = Mask | Train | Evaluate | Remember | Restore | Shrink | Project

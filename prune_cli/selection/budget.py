@@ -221,7 +221,7 @@ def _cost(
 
 def _of_weights(quantity: Quantity, groups: Sequence[Group], model: nn.Module, example_inputs: Tensor) -> CostOf:
     """Every unit of a group masks equally many weights; a weight masked is its products saved."""
-    total, owned = masked_costs(quantity, groups, model, example_inputs)
+    total, owned = masked_costs(quantity, groups, model, measure.cost(model, example_inputs))
     each = [mine / group.scores.numel() for mine, group in zip(owned, groups, strict=True)]
     fixed = total - sum(owned)
 
@@ -233,11 +233,10 @@ def _of_weights(quantity: Quantity, groups: Sequence[Group], model: nn.Module, e
 
 
 def masked_costs(
-    quantity: Quantity, groups: Sequence[Group], model: nn.Module, example_inputs: Tensor
+    quantity: Quantity, groups: Sequence[Group], model: nn.Module, whole: measure.Cost
 ) -> tuple[int, list[Fraction]]:
     """Parameters or multiply-adds of the whole network, and what of them the masks of each group could remove."""
-    found = measure.cost(model, example_inputs)
-    macs = {layer.name: layer.macs for layer in found.layers}
+    macs = {layer.name: layer.macs for layer in whole.layers}
     parameters = dict(model.named_parameters())
     owned = []
     for group in groups:
@@ -249,7 +248,7 @@ def masked_costs(
             gone = size - int(mask.expand(parameters[name].shape).sum())
             saved += Fraction(gone, size) * macs.get(owner(name), 0) if quantity == "macs" else gone
         owned.append(saved)
-    return found.macs if quantity == "macs" else found.params, owned
+    return whole.macs if quantity == "macs" else whole.params, owned
 
 
 def _milliseconds(table: latency_table.Table, groups: Sequence[Group], orders: Sequence[np.ndarray]) -> CostOf:

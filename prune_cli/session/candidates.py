@@ -171,7 +171,7 @@ class _Trial:
             session.train(
                 Progress(),
                 epochs=epochs,
-                until=epochs,
+                until=(epochs, 0),
                 masks=masks,
                 save=lambda *_: None,
                 candidate=True,

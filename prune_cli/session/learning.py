@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli.criteria.statistics import Loss
+from prune_cli.data.dataset import Loss
 from prune_cli.errors import Interrupted
 from prune_cli.masks import Masks
 from prune_cli.measure.accuracy import accuracy
@@ -34,6 +34,7 @@ def learn(
     *,
     epochs: int,
     until: int | None = None,
+    beyond: int = 0,
     training: Training,
     masks: Masks | None = None,
     regularise: loop.Regularise | None = None,
@@ -45,6 +46,7 @@ def learn(
     """Trains `state.model` in place on the training split, to `until` or to the end.
 
     Args:
+        until, beyond: epoch, and batches of it, to train to; see `fit`.
         save: receives tensors and numbers of a resumable checkpoint; the stage's slot by default.
         stepped: called after every batch.
         seed: of the batches' order and augmentation; the stage's own by default.
@@ -82,6 +84,7 @@ def learn(
             lr_schedule=training.lr_schedule,
             epochs=epochs,
             until=until,
+            beyond=beyond,
             masks=masks,
             options=training.fit,
             regularise=regularise,
@@ -94,7 +97,8 @@ def learn(
             world=state.world,
         )
     _same_buffers(state, state.model)
-    if not progress.done and progress.epoch < (epochs if until is None else until):
+    end = (epochs, 0) if until is None else (until, beyond)
+    if not progress.done and (progress.epoch, progress.step) < end:
         raise Interrupted(
             f"stopped in {state.stage}, epoch {progress.epoch + 1}, step {progress.step}; the same command goes on there"
         )

@@ -11,12 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from prune_cli import masks as masking
+from prune_cli.criteria import weights
+from prune_cli.criteria.criterion import Criterion
 from prune_cli.errors import ScheduleError
 from prune_cli.files.fitting import fit_weights
 from prune_cli.granularities.units import Constraint
 from prune_cli.pipeline.state import derive_seed
 from prune_cli.schedules.problem import Problem
-from prune_cli.schedules.requests import Evaluate, Mask, Project, Remember, Request, Restore, Shrink, Train
+from prune_cli.schedules.requests import Evaluate, Kept, Mask, Project, Remember, Request, Restore, Shrink, Train
 from prune_cli.selection.select import Selection
 from prune_cli.session import candidates
 from prune_cli.session.course import Turn
@@ -26,6 +28,8 @@ from prune_cli.training import admm
 from prune_cli.training.fit import Progress
 
 log = logging.getLogger(__name__)
+
+AT_RANDOM = Criterion(weights.random)
 
 
 @singledispatch
@@ -47,12 +51,13 @@ def again(request: Request, session: Session, turn: Turn, answer: Any) -> None:
 
 @perform.register
 def _(request: Mask, session: Session, turn: Turn) -> dict[str, Any]:
-    held = session.held(monotone=request.monotone)
+    held, before = session.held(monotone=request.monotone), session.removed.removed
     granularity = session.whole if session.splitting.sets else session.granularity
-    statistics = session.statistics(session.criterion)
-    selection = session.select(
-        granularity, session.criterion, statistics, held, fraction=request.fraction, kept=request.kept
-    )
+    criterion = AT_RANDOM if request.random else session.criterion
+    statistics = session.statistics(criterion)
+    selection = session.select(granularity, criterion, statistics, held, fraction=request.fraction, kept=request.kept)
+    if request.monotone and 0 < selection.removed <= before:
+        log.warning("%s: this step removes nothing that was not removed before", session.state.stage)
     session.keep(selection, held)
     session.splitting = session.splitting.ended()
     masking.apply(session.model, selection.growing(session.model) if request.soft else session.masks)
@@ -101,18 +106,26 @@ def _begin(request: Train, session: Session) -> None:
     """Sets the clock: on in the training that the request is a part of, or at the beginning of another."""
     clock, now = session.clock, session.clock.progress
     total = request.total if request.total is not None else request.epochs
-    if total is None:
-        raise ScheduleError("schedule: Train needs epochs or total")
+    if total is None or (request.steps is not None and request.epochs is not None):
+        raise ScheduleError("schedule: Train needs epochs or total; steps only in place of epochs")
     goes_on = request.total is not None and clock.total in (None, total) and now is not None and now.epoch < total
     if now is None or not goes_on:
         now = Progress(history=now.history, memory=now.memory) if now else Progress()
         clock.begun += 1
-    until = total if request.epochs is None else now.epoch + request.epochs
-    if until > total:
-        raise ScheduleError(
-            f"schedule: {request.epochs} epochs after {now.epoch} are more than the {total} of the training"
-        )
+    until = _end(request, now, total, session)
+    if until > (total, 0):
+        asked = f"{request.steps} steps" if request.steps is not None else f"{request.epochs} epochs"
+        raise ScheduleError(f"schedule: {asked} after {now.epoch} epochs are more than the {total} of the training")
     clock.progress, clock.total, clock.until, clock.begun = now, total, until, max(clock.begun, 1)
+
+
+def _end(request: Train, now: Progress, total: int, session: Session) -> tuple[int, int]:
+    """Epoch, and batches of it, that a training goes to."""
+    if request.steps is None:
+        return (total if request.epochs is None else now.epoch + request.epochs), 0
+    each = session.training.fit.accumulate
+    epoch, step = divmod(now.epoch * session.steps() + -(-now.step // each) + request.steps, session.steps())
+    return epoch, step * each
 
 
 @perform.register
@@ -128,8 +141,9 @@ def _(request: Evaluate, session: Session, turn: Turn, answer: Any) -> None:
 
 @perform.register
 def _(request: Remember, session: Session, turn: Turn) -> None:
-    now = snapshot(session.model, session.masks, session.clock.progress, session.steps())
+    now = snapshot(session.model, session.masks, session.clock.progress, session.batches())
     session.snapshots[request.tag] = replace(now, facts=asdict(session.removed))
+    session.left = session.left | {request.tag} if request.leave else session.left - {request.tag}
 
 
 @perform.register
@@ -144,7 +158,7 @@ def _(request: Restore, session: Session, turn: Turn) -> None:
         masking.apply(session.model, masking.joined(session.state.masks, session.masks))
     now = clock.progress or Progress()
     if request.clock:
-        epoch, step = found.place(session.steps())
+        epoch, step = found.place(session.batches())
         clock.progress = Progress(epoch=epoch, step=step, history=now.history, memory=now.memory)
         clock.total = None  # the next training says how long it is
     elif request.weights and clock.progress is not None:
@@ -165,11 +179,11 @@ def _(request: Shrink, session: Session, turn: Turn) -> Problem:
 
 @perform.register
 def _(request: Project, session: Session, turn: Turn) -> dict[str, Any]:
-    weights = {name: parameter.detach() for name, parameter in session.model.named_parameters()}
+    now = {name: parameter.detach() for name, parameter in session.model.named_parameters()}
     before, progress = session.splitting, session.clock.progress
     session.splitting = before.renewed(
-        weights,
-        {one.name: _projection(session, one) for one in session.constraints},
+        now,
+        {one.name: _projection(session, one, request.kept) for one in session.constraints},
         request.rho,
         progress.epoch if progress else 0,
     )
@@ -183,7 +197,7 @@ def _(request: Project, session: Session, turn: Turn) -> dict[str, Any]:
     return answer
 
 
-def _projection(session: Session, constraint: Constraint) -> Any:
+def _projection(session: Session, constraint: Constraint, kept: Kept | None) -> Any:
     """Values of weights -> the masks of their projection onto a set; statistics are those of the weights themselves."""
     criterion = constraint.criterion or session.criterion
     granularity = replace(session.granularity, units=constraint.units)
@@ -191,7 +205,7 @@ def _projection(session: Session, constraint: Constraint) -> Any:
 
     def project(values: admm.Weights) -> Mapping[str, Tensor]:
         with admm.substituted(session.model, values):
-            selection = session.select(granularity, criterion, statistics, session.state.masks)
+            selection = session.select(granularity, criterion, statistics, session.state.masks, kept=kept)
             return masking.joined(session.state.masks, selection.masks)
 
     return project

@@ -35,6 +35,7 @@ def pose(
     masked: Masks,
     tags: Sequence[str] = (),
     seed: int = 0,
+    steps: int,
     plan: FindPlan | None = None,
     budget: tuple[Quantity, float] | None = None,
     rough: bool = False,
@@ -47,6 +48,7 @@ def pose(
         masked: masks that hold already, of an earlier stage.
         tags: snapshots that are there from the start.
         seed: of the stage.
+        steps: optimizer steps of an epoch.
         plan: gives the network's channel plan, where somebody keeps it.
         budget: the quantity of the target and what may remain, where that was settled before the network shrank.
         rough: predict times from one of the whole network, for a first look.
@@ -59,7 +61,7 @@ def pose(
     found = tuple(_group(name, group, granularity, facts) for name, group in zip(names_of(groups), groups, strict=True))
     structure = groups[0].structure if groups else None
     if structure is None:
-        arithmetic = _of_masks(groups, model, example_inputs)
+        arithmetic = _of_masks(groups, model, cost)
     else:
         arithmetic = _of_channels(groups, structure.plan)
         if granularity.budget is not None and granularity.budget.quantity == "latency_ms":
@@ -73,6 +75,8 @@ def pose(
         shrinks=granularity.shrink and granularity.units.shrinks,
         tags=tuple(tags),
         seed=seed,
+        steps=steps,
+        scope=granularity.scope or "layer",
     )
     quantity, allowed = budget or _target(granularity, problem, [group.lines for group in groups])
     return replace(problem, quantity=quantity, budget=allowed)
@@ -134,13 +138,13 @@ def _group(name: str, group: Units, granularity: Granularity, facts: Mapping[str
     )
 
 
-def _of_masks(groups: Sequence[Units], model: nn.Module, example_inputs: Tensor) -> Arithmetic:
+def _of_masks(groups: Sequence[Units], model: nn.Module, cost: costs.Cost) -> Arithmetic:
     """Every unit of a group masks equally many weights; a weight masked is its products saved."""
     sizes = tuple(group.scores.numel() for group in groups)
     fixed: dict[str, float] = {}
     each: dict[str, list[float]] = {}
     for quantity in ("params", "macs"):
-        whole, owned = masked_costs(quantity, groups, model, example_inputs)
+        whole, owned = masked_costs(quantity, groups, model, cost)
         fixed[quantity] = float(whole - sum(owned))
         each[quantity] = [float(mine / size) for mine, size in zip(owned, sizes, strict=True)]
     terms = {

@@ -21,6 +21,7 @@ from prune_cli.structure.rebuild import carried
 from prune_cli.training.fit import Progress
 
 INIT = "init"
+FRESH = "fresh"
 CLOCK = "clock"
 PREFIX = "remembered/"
 
@@ -122,7 +123,12 @@ class Recorder:
 
     def files(self) -> dict[str, bytes]:
         """Name -> content of the files that the stage leaves: one per tag."""
-        return {artifacts.remembered(tag): _bytes(_stored(one)) for tag, one in self.taken.items()}
+        return files(self.taken)
+
+
+def files(snapshots: Mapping[str, Snapshot]) -> dict[str, bytes]:
+    """Name -> content of the files that a stage leaves: one per tag."""
+    return {artifacts.remembered(tag): _bytes(_stored(one)) for tag, one in snapshots.items()}
 
 
 def read(path: Path) -> Snapshot:

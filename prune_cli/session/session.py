@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from prune_cli import masks as masking
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.criteria.statistics import Calibration, Loss, Statistics, collect
+from prune_cli.criteria.statistics import Calibration, Statistics, collect
+from prune_cli.data.dataset import Loss
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ScheduleError, nearest
 from prune_cli.files import artifacts
@@ -26,7 +27,7 @@ from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import Selection, scored, select
 from prune_cli.session import learning, remembering, teaching
 from prune_cli.session.posing import pose
-from prune_cli.session.remembering import INIT, Snapshot
+from prune_cli.session.remembering import FRESH, INIT, Snapshot
 from prune_cli.structure import follow, rebuild, surgery
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.plan import Plan
@@ -61,13 +62,13 @@ class Clock:
     Attributes:
         progress: of the present training; None before the first.
         total: epochs of it.
-        until: epoch that a request under way trains to; None between requests.
+        until: epoch, and batches of it, that a request under way trains to; None between requests.
         begun: trainings so far.
     """
 
     progress: Progress | None = None
     total: int | None = None
-    until: int | None = None
+    until: tuple[int, int] | None = None
     begun: int = 0
 
 
@@ -100,6 +101,7 @@ class Session:
         self.clock = Clock()
         self.splitting = admm.Splitting()
         self.snapshots: dict[str, Snapshot] = {}
+        self.left: frozenset[str] = frozenset()  # of these, what the stage leaves in its folder
         self.shrunk: Lineage | None = None  # from the network that came to the present one
         self.came = state.lineage  # from the dense network to the one that came
         self.problem: Problem | None = None
@@ -138,6 +140,7 @@ class Session:
             masked=self.state.masks,
             tags=tags(self.state),
             seed=self.state.stage_seed,
+            steps=self.steps(),
             plan=self.plan,
             budget=None if before is None else (before.quantity, before.budget),
         )
@@ -219,7 +222,7 @@ class Session:
         progress: Progress,
         *,
         epochs: int,
-        until: int,
+        until: tuple[int, int],
         masks: Mapping[str, Tensor],
         penalty: bool = False,
         save: learning.Save | None = None,
@@ -230,7 +233,7 @@ class Session:
 
         Args:
             progress: where the training stands.
-            epochs: length of the training, `until` the epoch to reach.
+            epochs: length of the training, `until` the epoch and the batches of it to reach.
             masks: what is held at zero.
             penalty: tie the weights to their projections.
             save: takes a checkpoint's tensors and numbers.
@@ -253,7 +256,8 @@ class Session:
             state,
             self.loss(),
             epochs=epochs,
-            until=until,
+            until=until[0],
+            beyond=until[1],
             training=training,
             masks=masks,
             regularise=regularise if hooks else None,
@@ -285,9 +289,13 @@ class Session:
             hooks.append(admm.Pull(self.model, list(self.splitting.sets.values()), self.splitting.rho))
         return hooks
 
-    def steps(self) -> int:
+    def batches(self) -> int:
         """Batches of an epoch."""
-        return len(self.state.data.train(self.training.batch_size, 0, shard=self.state.world.shard))
+        return batches(self.state, self.training)
+
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return optimizer_steps(self.state, self.training)
 
     # ------------------------------------------------------------------------------------------------ snapshots
 
@@ -303,8 +311,8 @@ class Session:
             raise ScheduleError(
                 f"schedule: nothing is remembered as {tag!r}{nearest(tag, [*tags(self.state), *self.snapshots])}"
             )
-        if tag == INIT:
-            found = Snapshot(self.state.architecture.build().state_dict())
+        if tag in (INIT, FRESH):
+            found = Snapshot(self._initial(tag))
         else:
             world = self.state.world
             one = remembering.read(self.state.remembered[tag]) if world.main else None
@@ -322,6 +330,12 @@ class Session:
         for lineage in (self.came, self.shrunk):
             found = found if lineage is None else found.shrunk(lineage)
         return found
+
+    def _initial(self, tag: str) -> Mapping[str, Tensor]:
+        """The run's initial weights, or others."""
+        if tag == INIT:
+            return self.state.architecture.build().state_dict()
+        return self.state.architecture.build(f"{FRESH}/{self.state.stage}").state_dict()
 
     def shrink(self) -> None:
         """Takes what the masks remove out of the network; moments, sums and snapshots go along."""
@@ -379,6 +393,7 @@ class Session:
             "forms": {name: asdict(form) for name, form in self.forms.items()},
             "held": {name: asdict(form) for name, form in self.state.forms.items()},
             "admm": self.splitting.numbers(), "shrunk": None if self.shrunk is None else self.shrunk.to_dict(),
+            "left": sorted(self.left),
             "snapshots": {tag: [one.epoch, one.step, one.steps, dict(one.facts)] for tag, one in self.snapshots.items()},
         }  # fmt: skip
 
@@ -398,13 +413,17 @@ class Session:
             self._become(small, placed(HELD), forms)
         progress = loop.restore_progress(self.model, self.training.optimizer, those(FIT), numbers["fit"])
         self.clock = Clock(
-            progress if numbers["trained"] else None, numbers["total"], numbers["until"], numbers["begun"]
+            progress if numbers["trained"] else None,
+            numbers["total"],
+            None if numbers["until"] is None else tuple(numbers["until"]),
+            numbers["begun"],
         )
         self._waiting = placed(LOSS)
         self.masks = placed(MASKS)
         self.forms = {name: MaskFormat(**form) for name, form in numbers["forms"].items()}
         self.removed, self.taken = Removed(**numbers["removed"]), Removed(**numbers["taken"])
         self.splitting = admm.Splitting.restored(placed(ADMM), numbers["admm"])
+        self.left = frozenset(numbers["left"])
         self.snapshots = {
             tag: Snapshot(placed(f"{SNAPSHOT}{tag}/weights/"), placed(f"{SNAPSHOT}{tag}/masks/"), *clock)
             for tag, clock in numbers["snapshots"].items()
@@ -419,7 +438,7 @@ class Session:
         progress, now, taken = self.clock.progress, self.removed, self.taken
         units, removed = now.units + taken.removed, now.removed + taken.removed
         gone, there = now.channels_removed + taken.channels_removed, now.channels + taken.channels_removed
-        rows = self.splitting.residuals
+        rows, left = self.splitting.residuals, {tag: self.snapshots[tag] for tag in sorted(self.left)}
         outcome = Outcome(
             epochs=len(progress.history) if progress else 0,
             select_on=self.training.fit.select_on if progress else None,
@@ -427,7 +446,7 @@ class Session:
             ratio_prunable=removed / units if units else None,
             ratio_channels=gone / there if there else None,
             history=tuple(progress.history) if progress else (),
-            files={RESIDUALS: artifacts.table(admm.Residual, rows)} if rows else {},
+            files=({RESIDUALS: artifacts.table(admm.Residual, rows)} if rows else {}) | remembering.files(left),
         )
         # What an earlier stage masked keeps its form, although these masks are joined with it.
         after = self.state.evolve(
@@ -438,7 +457,17 @@ class Session:
 
 def tags(state: State) -> tuple[str, ...]:
     """Snapshots that are there before a schedule begins."""
-    return (INIT, *state.remembered)
+    return (INIT, FRESH, *state.remembered)
+
+
+def batches(state: State, training: Training) -> int:
+    """Batches of an epoch, the same on every rank."""
+    return len(state.data.train(training.batch_size, 0, shard=state.world.shard))
+
+
+def optimizer_steps(state: State, training: Training) -> int:
+    """Optimizer steps of an epoch."""
+    return -(-batches(state, training) // training.fit.accumulate)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prune_cli.criteria.statistics import Loss
+from prune_cli.data.dataset import Loss
 from prune_cli.distillation.distillation import Distillation, Term
 from prune_cli.distillation.objective import Objective, Taught, prepared
 from prune_cli.errors import ConfigError, PruneError

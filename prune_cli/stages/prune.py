@@ -20,7 +20,7 @@ from prune_cli.session import teaching
 from prune_cli.session.course import Course
 from prune_cli.session.perform import again, perform
 from prune_cli.session.posing import pose
-from prune_cli.session.session import Session, tags
+from prune_cli.session.session import Session, optimizer_steps, tags
 from prune_cli.structure.follow import analyse
 from prune_cli.training.training import Training
 
@@ -50,7 +50,7 @@ def check(
             "all of them; select on a split in finetune instead"
         )
     granularity.check(state.model, criterion, state.example_inputs())
-    first = _first(state, criterion, granularity, schedule)
+    first = _first(state, criterion, granularity, schedule, training)
     requirements.check(
         criterion, granularity, state.model, state.data, state.example_inputs(), trained=isinstance(first, Train)
     )
@@ -96,13 +96,25 @@ def prune(
     return session.result()
 
 
-def _first(state: State, criterion: Criterion, granularity: Granularity, schedule: Schedule) -> Request | None:
+def _first(
+    state: State, criterion: Criterion, granularity: Granularity, schedule: Schedule, training: Training
+) -> Request | None:
     """What the schedule will ask first of this network; its parameters are checked by asking."""
     image, known, seed = state.example_inputs(), tags(state), state.stage_seed
     plan = functools.cache(functools.partial(analyse, state.model, image))
     asked = granularity.asked(state.model, criterion, plan)
+    steps = optimizer_steps(state, training)
     problem = pose(
-        granularity, state.model, image, asked=asked, masked={}, tags=known, seed=seed, plan=plan, rough=True
+        granularity,
+        state.model,
+        image,
+        asked=asked,
+        masked={},
+        tags=known,
+        seed=seed,
+        steps=steps,
+        plan=plan,
+        rough=True,
     )
     first = first_request(schedule, problem)
     if not problem.countable and (isinstance(first, Evaluate) or (isinstance(first, Mask) and first.kept is not None)):

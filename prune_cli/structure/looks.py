@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from prune_cli.structure.labels import Constraints, Kind, Marks, marks_of
+from prune_cli.structure.labels import DECIDES, Constraints, Kind, Marks, marks_of
 from prune_cli.structure.operators.call import Call, tensors
 from prune_cli.structure.trace import Look, Trace
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ARRAYS = ("numpy", "tolist")  # `__array__` calls the first
 LARGEST = 1 << 22  # elements of a tensor that is remembered
+BESIDE = {"_pack_padded_sequence": (1, 1)}  # an output that depends on one argument alone: numbers of both
 
 
 class Looks:
@@ -80,7 +81,9 @@ class Looks:
         if not self.real or not any(getattr(t, "_prune_data", False) for t in call.inputs):
             return
         made = [tensor for tensor in outs if isinstance(tensor, Tensor)]
-        for tensor in made:
+        output, argument = BESIDE.get(call.func._schema.name[6:], (None, 0))
+        beside = None if output is None or getattr(call.args[argument], "_prune_data", False) else output
+        for tensor in [tensor for index, tensor in enumerate(made) if index != beside]:
             tensor._prune_data = True  # type: ignore[attr-defined]
             if tensor._base is not None:
                 tensor._base._prune_data = True  # type: ignore[attr-defined]
@@ -107,6 +110,8 @@ class Looks:
         """Keeps the channels that the code of these modules, and of whoever gets numbers from them, has in its hands."""
         while further := {parent for child, parent in self.returns if child in layers} - layers:
             layers |= further
+        if layers:
+            constraints.begin(DECIDES, f"{min(layers) or 'the model'} looks at values of its data")
         for layer, label in self.frames:
             if layer in layers:
                 constraints.freeze(label)

@@ -17,8 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prune_cli.criteria.statistics import Loss
-from prune_cli.data.dataset import Batches
+from prune_cli.data.dataset import Batches, Loss
 from prune_cli.errors import TrainingError
 from prune_cli.masks import Enforcer, Masks
 from prune_cli.training.distributed import ALONE, World, parallel
@@ -203,6 +202,7 @@ def fit(
     lr_schedule: LrSchedule,
     epochs: int,
     until: int | None = None,
+    beyond: int = 0,
     masks: Masks | None = None,
     options: Options = DEFAULTS,
     regularise: Regularise | None = None,
@@ -224,6 +224,7 @@ def fit(
         lr_schedule: (epochs done, epochs) -> factor on each parameter group's learning rate.
         epochs: length of the whole training, to which the learning rate refers.
         until: epoch before which to return, for trainings in several parts; the whole training by default.
+        beyond: batches of that epoch to train on before returning, whole optimizer steps.
         masks: entries that must be zero after every step, in weights, moments and the moving average.
         regularise: called between backward and step, to add to gradients; see `Regularise`.
         evaluate: accuracy on the held-out split, for selection and early stopping; None where there is none.
@@ -240,7 +241,7 @@ def fit(
     Raises:
         TrainingError: the loss is not finite; names the epoch, step and learning rate.
     """
-    until = epochs if until is None else min(until, epochs)
+    end = (epochs, 0) if until is None else min((until, beyond), (epochs, 0))
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
     progress = progress or Progress()
@@ -251,7 +252,7 @@ def fit(
     entered = loss if isinstance(loss, AbstractContextManager) else nullcontext()
     with entered, parallel(model, world, sync_norms=options.sync_norms) as forward:
         run = _Step(model, forward, batches, loss, progress, options, masks or {}, regularise, world)
-        if not _epochs(run, lr_schedule, epochs, until, evaluate, save, stop, tick, epoch_done):
+        if not _epochs(run, lr_schedule, epochs, end, evaluate, save, stop, tick, epoch_done):
             return progress
     if progress.epoch >= epochs:
         progress.done = True
@@ -265,18 +266,18 @@ def _epochs(
     run: _Step,
     lr_schedule: LrSchedule,
     epochs: int,
-    until: int,
+    end: tuple[int, int],
     evaluate: Callable[[nn.Module], float] | None,
     save: Callable[[Progress], None] | None,
     stop: Callable[[], bool],
     tick: Callable[[Progress, int, float], None] | None,
     epoch_done: Callable[[Progress], None] | None,
 ) -> bool:
-    """The loop over epochs and steps; returns False where `stop` ended it early, with the progress saved."""
+    """The loop over epochs and steps, to an epoch and a batch of it; False where `stop` ended it, with progress saved."""
     progress, batches, world = run.progress, run.batches, run.world
     saved = time.monotonic()
     run.model.train()
-    while progress.epoch < until and not progress.done:
+    while (progress.epoch, progress.step) < end and not progress.done:
         losses = _Finite(progress, run.device)
         for images, labels in batches.epoch(progress.epoch, progress.step):
             rate = _set_rate(run.optimizer, lr_schedule(progress.epoch + progress.step / len(batches), epochs))
@@ -292,16 +293,19 @@ def _epochs(
                 if save:
                     save(progress)
                 return False
+            if stepped and not last and (progress.epoch, progress.step) >= end:
+                losses.flush()
+                return True
         losses.flush()
         _close_epoch(run, evaluate, epochs, rate)
         if epoch_done:
             epoch_done(progress)
         stopping = world.any(stop())
         due = time.monotonic() - saved >= run.options.checkpoint_seconds
-        if save and progress.epoch < until and (stopping or due):
+        if save and (progress.epoch, 0) < end and (stopping or due):
             save(progress)
             saved = time.monotonic()
-        if stopping and progress.epoch < until:
+        if stopping and (progress.epoch, 0) < end:
             return False
     return True
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_cli.criteria.statistics import Loss
+from prune_cli.data.dataset import Loss
 from prune_cli.distillation.attention_transfer import attention_transfer
 from prune_cli.distillation.distillation import Distillation, Outputs, Term
 from prune_cli.distillation.fitnet import FitNet

@@ -113,7 +113,7 @@ def test_refuses_torchscript_and_says_so(tmp_path: Path) -> None:
 
 def test_refuses_what_is_no_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.pt"):
-        with pytest.raises(CheckpointError, match="can't read weights") as caught:
+        with pytest.raises(CheckpointError, match=r"can't read .*(it is no file|No such file)") as caught:
             read_state_dict(path)
         assert str(path) in str(caught.value)
 

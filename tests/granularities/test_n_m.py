@@ -135,7 +135,7 @@ def test_ratios_are_whole_parts_of_m():
     with pytest.raises(ConfigError, match=r"removes 2.4 of m=4; choose one of 0.25, 0.5, 0.75"):
         Granularity(NM(), 0.6).check(network(), L1)
     with pytest.raises(ConfigError, match=r"removes 1\.2"):
-        Granularity(NM(), 0.5, rules=(Rule(), Rule(names=("3",), ratio=0.3))).check(network(), L1)
+        Granularity(NM(), 0.5, rules=(Rule(types=("default",)), Rule(names=("3",), ratio=0.3))).check(network(), L1)
 
 
 @pytest.mark.parametrize("pattern", ["m4n5", "m4n0", "m0n0"])

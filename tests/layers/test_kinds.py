@@ -335,7 +335,7 @@ def inside_stripes(replaced):
         (method_inside, "no number of this network"),
         (private_attribute_inside, "no number of this network"),
         (text_attribute_inside, "only numbers"),
-        (kind_inside_itself, "inside each other"),
+        (kind_inside_itself, "inside each other|more than 64 levels"),
         (inside_stripes, "inside which nothing is sliced"),
     ],
 )

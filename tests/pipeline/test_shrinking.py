@@ -116,7 +116,7 @@ def test_from_scratch_in_the_widths_of_a_pruned_network(prune, model, epochs):
         ("cfg: [64, x]", "vgg16", "not a positive width"),
         ("widths: [1]", "vgg16", "no `cfg:`"),
         ("cfg: [64, M]", "lenet5", "not built from a cfg"),
-        ("cfg: [", "vgg16", "cannot read the cfg"),
+        ("cfg: [", "vgg16", "is no YAML of plain values"),
     ],
 )
 def test_a_cfg_that_does_not_fit_is_refused_before_training(prune, workplace, content, model, message):

@@ -6,7 +6,7 @@ import pytest
 
 from prune_cli.config.locations import options
 from prune_cli.distillation.distillation import Distillation
-from prune_cli.errors import ConfigError
+from prune_cli.errors import ConfigError, ScheduleError
 from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Train, fingerprint
 from prune_cli.schedules.schedule import most_epochs, trains
@@ -93,6 +93,11 @@ def test_killed_inside_a_training_the_stage_ends_with_the_same_bytes(name, tmp_p
         assert "begins again" not in caplog.text
 
 
+def searches(place) -> bool:
+    """Whether the stage scored candidates: the answer to `Evaluate` is a list."""
+    return any(isinstance(answer, list) for _, answer in journal(place).answers)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("kind", sorted(options("granularity")))
 def test_it_ends_for_every_legal_granularity(name, kind, tmp_path):
@@ -104,12 +109,13 @@ def test_it_ends_for_every_legal_granularity(name, kind, tmp_path):
         check(
             state, criterion=L2, granularity=chosen, schedule=schedule, distillation=Distillation(), training=training()
         )
-    except ConfigError as error:
+    except (ConfigError, ScheduleError) as error:
         assert "choose" in str(error)  # only what is said to be illegal is left out
         return
     after = run(state, schedule, chosen)
     ratio = keys["ratio"]
-    assert after.outcome.ratio_prunable == pytest.approx(ratio, abs=0.06)
+    asked_for = after.outcome.ratio_prunable - ratio
+    assert asked_for >= -0.06 and (asked_for <= 0.06 or searches(tmp_path))  # a search may end below its budget
     assert after.outcome.epochs <= (most_epochs(schedule) or after.outcome.epochs)
 
 

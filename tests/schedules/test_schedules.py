@@ -14,7 +14,7 @@ from prune_cli.schedules.problem import Arithmetic, Problem
 from prune_cli.schedules.requests import Mask, Project, Train
 from prune_cli.schedules.schedule import first_request, most_epochs, trains, trains_first
 
-NOTHING = Problem((), "units", 0, Arithmetic((), (), (), (), (), (), {}), True, False, ("init",), 0)
+NOTHING = Problem((), "units", 0, Arithmetic((), (), (), (), (), (), {}), True, False, ("init",), 0, 10, "layer")
 SOFT = Mask(monotone=False, soft=True)
 
 

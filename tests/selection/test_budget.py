@@ -192,7 +192,7 @@ def test_illegal_budgets(tmp_path):
     with pytest.raises(ValueError, match="got none"):
         Budget()
     with pytest.raises(ConfigError, match="not set ratios"):
-        Granularity(Filter(), budget=Budget(macs=0.5), rules=(Rule(ratio=0.5),)).check(model, L1)
+        Granularity(Filter(), budget=Budget(macs=0.5), rules=(Rule(types=("default",), ratio=0.5),)).check(model, L1)
     with pytest.raises(ConfigError, match="no ratio_file"):
         file = tmp_path / "ratios.yaml"
         file.write_text("prune_ratio: {0.weight: 0.5}")

@@ -89,7 +89,7 @@ def test_norms_must_be_behind_every_family_that_is_ranked(name):
     mixed = nn.Sequential(network()[:6], nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1))
     with pytest.raises(ConfigError, match=r"but 1\.weight has none; exclude"):
         check(option(name), Granularity(Filter()), mixed, Images(), IMAGE)
-    rules = (Rule(), Rule(names=("1",), exclude=True))
+    rules = (Rule(types=("default",)), Rule(names=("1",), exclude=True))
     check(option(name), Granularity(Filter(), rules=rules), mixed, Images(), IMAGE)
     check(option(name), Granularity(Filter()), network(), Images(), IMAGE)  # the classifier is never ranked
 
@@ -121,7 +121,7 @@ def test_layers_that_do_not_run_have_no_activations():
     model.forward = lambda x: nn.Sequential(*list(model)[:9])(x)
     with pytest.raises(ConfigError, match=r"activations of spare\.weight.*exclude"):
         check(option("apoz"), Granularity(Filter()), model, Images(), IMAGE)
-    rules = (Rule(), Rule(names=("spare",), exclude=True))
+    rules = (Rule(types=("default",)), Rule(names=("spare",), exclude=True))
     check(option("apoz"), Granularity(Filter(), rules=rules), model, Images(), IMAGE)
     check(option("taylor"), Granularity(Filter()), model, Images(), IMAGE)
 

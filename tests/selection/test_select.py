@@ -158,7 +158,7 @@ def test_ratio_files(tmp_path):
         ("prune_ratio: {0.weight: 1.0}", "neither a ratio"),
         ("prune_ratio: {module.0.weight: 0.5, 0.weight: 0.7}", "0.weight is there twice"),
         ("prune_ratio: [1]", "needs a mapping"),
-        ("{", "cannot read"),
+        ("{", "is no YAML of plain values"),
     ]:
         file.write_text(content)
         with pytest.raises(ConfigError, match=message):
@@ -174,6 +174,8 @@ def test_illegal_combinations_say_what_would_be_legal():
     with pytest.raises(ConfigError, match="needs scope=global"):
         Granularity(Element(), normalize="lamp").check(network(), L1)
     with pytest.raises(ConfigError, match="not set ratios"):
-        Granularity(Element(), scope="global", rules=(Rule(), Rule(names=("2",), ratio=0.1))).check(network(), L1)
+        Granularity(Element(), scope="global", rules=(Rule(types=("default",)), Rule(names=("2",), ratio=0.1))).check(
+            network(), L1
+        )
     with pytest.raises(ConfigError, match="contain nan"):
         select(Granularity(Element()), Criterion(lambda view: view.weight * float("nan")), network(), IMAGE)

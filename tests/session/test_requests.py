@@ -559,7 +559,7 @@ def test_a_checkpoint_of_another_version_begins_again(tmp_path, caplog):
 def test_the_problem_says_what_there_is(tmp_path):
     state = begin(tmp_path)
     asked = HALF.ratios(state.model)
-    problem = pose(HALF, state.model, state.example_inputs(), asked=asked, masked={}, seed=3)
+    problem = pose(HALF, state.model, state.example_inputs(), asked=asked, masked={}, steps=4, seed=3)
     first, second = problem.groups
     assert (first.name, first.units, first.whole, first.least, first.depth) == ("0", 8, 8, 1, 0)
     assert [layer.name for layer in second.layers] == ["3"]
@@ -584,7 +584,7 @@ def test_the_problem_says_what_there_is(tmp_path):
 def test_limits_are_in_the_problem(tmp_path):
     state, limited = begin(tmp_path), Granularity(Filter(), 0.5, min_keep=0.4, round_to=2)
     asked = limited.ratios(state.model)
-    problem = pose(limited, state.model, state.example_inputs(), asked=asked, masked={})
+    problem = pose(limited, state.model, state.example_inputs(), asked=asked, masked={}, steps=4)
     assert [(group.least, group.multiple) for group in problem.groups] == [(4, 2), (4, 2)]
     assert problem.counts({"0": 0.1, "3": 0.55}) == {"0": 4, "3": 6}
     assert problem.cheapen(problem.whole, "0", problem.cost(problem.whole) - 1) == {"0": 6, "3": 8}
@@ -603,7 +603,7 @@ def test_a_latency_budget_is_predicted_as_its_table_does(tmp_path, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr("prune_cli.selection.latency_table.measured", lambda *_: table)
     asked = limited.ratios(state.model)
-    problem = pose(limited, state.model, state.example_inputs(), asked=asked, masked={})
+    problem = pose(limited, state.model, state.example_inputs(), asked=asked, masked={}, steps=4)
     assert (problem.quantity, problem.budget) == ("latency_ms", 1.5)
     for first, second in ((8, 8), (3, 8), (5, 2), (1, 1)):
         keep = plan.everything()

@@ -34,6 +34,8 @@ L2 = Criterion(weights.l2)
 NEVER, ALWAYS = 1e9, 0.0
 SHORT = {
     "epochs": 4, "retrain_epoch": 3, "prune_freq": 2, "iterations": 2, "epochs_per_iteration": 1, "retrain_epochs": 1,
+    "updates": 2, "every": 1, "soft_epochs": 3, "rounds": 2, "step": 0.2, "candidates": 4, "grid": [0.5], "delta": 100.0,
+    "halvings": 0, "episodes": 4, "warmup": 2,
 }  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def begin(place: Path, **changes) -> State:
     state = State(
         model=network(),
         data=DATA,
-        architecture=Architecture(functools.partial(network, 2), {}, "tiny"),
+        architecture=Architecture(lambda purpose="model": network(2 if purpose == "model" else 3), {}, "tiny"),
         device=torch.device("cpu"),
         seed=0,
         console=Console(),
@@ -99,9 +101,15 @@ def training(seconds: float = NEVER) -> Training:
     )
 
 
+@functools.cache
+def composed(group: str, name: str) -> dict:
+    """The node of a shipped option."""
+    return compose(["recipe=quickstart", "criterion=l2", f"{group}={name}"]).config[group]
+
+
 def option(group: str, name: str, kind: type | None = None, **keys):
     """A shipped option with some of its keys changed, those of `SHORT` among them."""
-    node = compose(["recipe=quickstart", "criterion=l2", f"{group}={name}"]).config[group]
+    node = copy.deepcopy(composed(group, name))
     node |= {key: value for key, value in SHORT.items() if key in node} | keys
     return resolve(node, group, kind)
 

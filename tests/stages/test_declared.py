@@ -37,8 +37,7 @@ def test_show_says_how_long_a_schedule_trains(prune):
         "schedule.epochs=7",
         "schedule.retrain_epoch=3",
     )
-    assert "prune: 7 epochs of 11 steps" in prune("show", *keys, "--estimate").out
-    assert "estimate prune: 7 epochs, 77 steps" in prune("show", *keys, "--estimate").out
+    assert "prune: 7 epochs of 11 steps of 128: 77 steps" in prune("show", *keys, "--estimate").out
     keys = ("recipe=quickstart", "stages=[prune]", "granularity=pattern", "model=resnet20", "schedule=admm")
     assert "prune: 31 epochs of" in prune("show", *keys, "schedule.retrain_epochs=1").out
 

@@ -30,4 +30,4 @@ def test_other_granularities_are_refused(prune):
     result = prune("run", *QUICK, "stages=[train,sr_ste]", "sr_ste.decay=-1")
     assert result.code == 2 and "2e-4" in result.err
     result = prune("run", *QUICK, "stages=[train,permute]", "permute.window=-1")
-    assert result.code == 2 and "negative" in result.err
+    assert result.code == 2 and "permute.window: input should be 0, 8 or 12" in result.err
