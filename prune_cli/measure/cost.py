@@ -223,8 +223,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         originals.restore()
-        for buffer, before in written:
-            buffer.copy_(before)
+        for buffer, values in written:
+            buffer.copy_(values)
         for plain, before, buffers in states:
             plain.clear()
             plain.update(before)

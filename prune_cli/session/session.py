@@ -446,7 +446,10 @@ class Session:
             ratio_prunable=removed / units if units else None,
             ratio_channels=gone / there if there else None,
             history=tuple(progress.history) if progress else (),
-            files=({RESIDUALS: artifacts.table(admm.Residual, rows)} if rows else {}) | remembering.files(left),
+            files={
+                **({RESIDUALS: artifacts.table(admm.Residual, rows)} if rows else {}),
+                **remembering.files(left),
+            },
         )
         # What an earlier stage masked keeps its form, although these masks are joined with it.
         after = self.state.evolve(
