@@ -33,7 +33,7 @@ _device = torch._C.TensorBase.device.__get__
 _to = torch._C.TensorBase.to
 
 
-class Marks:
+class Labelling:
     """The storages that are on the pretended GPU; kept alive, so that no other storage takes their place."""
 
     def __init__(self) -> None:
@@ -58,16 +58,16 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class Operators(TorchDispatchMode):
-    """Marks what is computed from marked tensors, and refuses to compute with tensors of both devices."""
+    """Labelling what is computed from marked tensors, and refuses to compute with tensors of both devices."""
 
-    def __init__(self, marks: Marks) -> None:
+    def __init__(self, labelling: Labelling) -> None:
         super().__init__()
-        self.marks = marks
+        self.labelling = labelling
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [tensor for tensor in _tensors((args, kwargs)) if _plain(tensor)]
-        marked = [self.marks.has(tensor) for tensor in given]
+        marked = [self.labelling.has(tensor) for tensor in given]
         name = func.overloadpacket.__name__
         if name in ANYWHERE:
             if any(marked) and not marked[0] and name != "copy_":
@@ -88,7 +88,7 @@ class Operators(TorchDispatchMode):
             known = {id(tensor) for tensor in given}
             for tensor in _tensors(out):
                 if id(tensor) not in known:
-                    self.marks.add(tensor)
+                    self.labelling.add(tensor)
         return out
 
 
@@ -96,17 +96,17 @@ class _Sent(torch.autograd.Function):
     """A copy with a storage of its own, which no mode sees; gradients are sent back."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, marks: Marks, device: torch.device) -> Tensor:
-        ctx.marks, ctx.back = marks, GPU if marks.has(tensor) else CPU
+    def forward(ctx: Any, tensor: Tensor, labelling: Labelling, device: torch.device) -> Tensor:
+        ctx.labelling, ctx.back = labelling, GPU if labelling.has(tensor) else CPU
         with _disable_current_modes():
             out = tensor.clone()
-        return marks.add(out) if device.type == "cuda" else out
+        return labelling.add(out) if device.type == "cuda" else out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         with _disable_current_modes():
             out = gradient.clone()
-        return ctx.marks.add(out) if ctx.back.type == "cuda" else out, None, None
+        return ctx.labelling.add(out) if ctx.back.type == "cuda" else out, None, None
 
 
 def _named(value: Any) -> torch.device | None:
@@ -116,11 +116,11 @@ def _named(value: Any) -> torch.device | None:
     return value if isinstance(value, torch.device) else None
 
 
-def _methods(marks: Marks) -> dict[str, Any]:
+def _methods(labelling: Labelling) -> dict[str, Any]:
     """What replaces methods of tensors."""
 
     def send(tensor: Tensor, device: torch.device) -> Tensor:
-        return tensor if marks.has(tensor) == (device.type == "cuda") else _Sent.apply(tensor, marks, device)
+        return tensor if labelling.has(tensor) == (device.type == "cuda") else _Sent.apply(tensor, labelling, device)
 
     def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         other = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -138,7 +138,7 @@ def _methods(marks: Marks) -> dict[str, Any]:
         return moved if device is None else send(moved, device)
 
     def refuse(original: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if marks.has(tensor):
+        if labelling.has(tensor):
             raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
         return original(tensor, *args, **kwargs)
 
@@ -146,9 +146,9 @@ def _methods(marks: Marks) -> dict[str, Any]:
         return lambda *args, **kwargs: function(original, *args, **kwargs)
 
     return {
-        "device": property(lambda tensor: GPU if marks.has(tensor) else _device(tensor)),
-        "is_cuda": property(lambda tensor: marks.has(tensor)),
-        "is_cpu": property(lambda tensor: _device(tensor).type == "cpu" and not marks.has(tensor)),
+        "device": property(lambda tensor: GPU if labelling.has(tensor) else _device(tensor)),
+        "is_cuda": property(lambda tensor: labelling.has(tensor)),
+        "is_cpu": property(lambda tensor: _device(tensor).type == "cpu" and not labelling.has(tensor)),
         "to": to,
         "cuda": lambda tensor, *args, **kwargs: send(tensor, GPU),
         "cpu": lambda tensor, *args, **kwargs: send(tensor, CPU),
@@ -157,7 +157,7 @@ def _methods(marks: Marks) -> dict[str, Any]:
     }
 
 
-def _made(marks: Marks, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _made(labelling: Labelling, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A factory that can make marked tensors."""
 
     @functools.wraps(original)
@@ -178,11 +178,11 @@ def _made(marks: Marks, original: Callable[..., Tensor]) -> Callable[..., Tensor
 @contextmanager
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """While it lasts, `torch.device("cuda")` can be used as on a machine with one GPU."""
-    marks = Marks()
-    with monkeypatch.context() as patch, Operators(marks):
+    labelling = Labelling()
+    with monkeypatch.context() as patch, Operators(labelling):
         for name in FACTORIES:
-            patch.setattr(torch, name, _made(marks, getattr(torch, name)))
-        for name, value in _methods(marks).items():
+            patch.setattr(torch, name, _made(labelling, getattr(torch, name)))
+        for name, value in _methods(labelling).items():
             patch.setattr(Tensor, name, value, raising=False)
         facts = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": (9, 0)}
         facts |= {"get_device_name": "pretended GPU", "is_bf16_supported": True}

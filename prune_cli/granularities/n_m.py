@@ -191,14 +191,14 @@ def nm_mask(scores: Tensor, m: int, n: int, axis: int = 1) -> Tensor:
     return rank >= limit.view(size)
 
 
-def _choose(scores: Tensor, m: int, n: int, axis: int, share: Fraction) -> Tensor:
-    """The whole pattern, or a share of what it removes: the lowest of each group first, then the second lowest."""
+def _choose(scores: Tensor, m: int, n: int, axis: int, fraction: Fraction) -> Tensor:
+    """The whole pattern, or a fraction of what it removes: the lowest of each group first, then the second lowest."""
     keep = nm_mask(scores, m, n, axis)
-    if share >= 1:
+    if fraction >= 1:
         return keep.flatten()
     gone = torch.nonzero(~keep.flatten()).flatten()
     by_score = gone[torch.sort(scores.flatten()[gone], stable=True).indices]
     by_rank = by_score[torch.sort(ranks(scores, m, axis).flatten()[by_score], stable=True).indices]
     result = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    result[by_rank[: removed(share, len(gone))]] = False
+    result[by_rank[: removed(fraction, len(gone))]] = False
     return result

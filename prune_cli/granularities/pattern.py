@@ -160,8 +160,8 @@ class Pattern(Units):
         def mask(keep: Tensor) -> dict[str, Tensor]:
             return {name: keep.view(scores.shape)}
 
-        def choose(share: Fraction) -> Tensor:
-            keep = pattern_mask(scores, patterns, goal * share, whole=self.rules.whole)
+        def choose(fraction: Fraction) -> Tensor:
+            keep = pattern_mask(scores, patterns, goal * fraction, whole=self.rules.whole)
             if held is not None:
                 keep &= held.to(keep.device)
             return keep.flatten()

@@ -79,7 +79,7 @@ class Group:
         scores: (n,), higher = keep.
         ratio: fraction of the units to remove.
         mask: keep vector (n,) bool -> parameter name -> mask.
-        choose: share of the ratio in [0, 1] -> keep vector (n,), where the k lowest of n would be the wrong choice
+        choose: fraction of the ratio in [0, 1] -> keep vector (n,), where the k lowest of n would be the wrong choice
             (N:M, kernel patterns); None for the k lowest.
         layers: dotted names of the layers that lose these units; empty: that of `name`.
         votes: where layers decide together: a unit goes only when every channel of it is voted out.

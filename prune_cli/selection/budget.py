@@ -74,10 +74,10 @@ class Budget:
         """Whether a network of which nothing goes cannot be known to stay inside."""
         return self.quantity == "latency_ms" or self.target < 1
 
-    def allowed(self, share: Fraction, whole: int | float) -> Fraction:
-        """What may remain after a share of the way from the whole network to the target."""
+    def allowed(self, fraction: Fraction, whole: int | float) -> Fraction:
+        """What may remain after a fraction of the way from the whole network to the target."""
         end = self.target if self.quantity == "latency_ms" else self.target * Fraction(whole)
-        return Fraction(whole) - share * (Fraction(whole) - end)
+        return Fraction(whole) - fraction * (Fraction(whole) - end)
 
 
 def check_legal(budget: Budget, units: Units, has_ratios: bool) -> None:
@@ -116,7 +116,7 @@ def check_reachable(
         raise _unreachable(budget, f"{found.median_ms:.3g} ms, measured")
 
 
-def fit(budget: Budget, ranking: Ranking, share: Fraction, model: nn.Module, example_inputs: Tensor) -> list[int]:
+def fit(budget: Budget, ranking: Ranking, fraction: Fraction, model: nn.Module, example_inputs: Tensor) -> list[int]:
     """The fewest units to remove, in the order of a ranking, for the network to stay inside the budget.
 
     With scope=global units go one by one; with scope=layer all layers have one common ratio, except that where the
@@ -124,7 +124,7 @@ def fit(budget: Budget, ranking: Ranking, share: Fraction, model: nn.Module, exa
 
     Args:
         ranking: of groups whose ratios are all 1.
-        share: of the way from the whole network to the budget.
+        fraction: of the way from the whole network to the budget.
 
     Raises:
         ConfigError: no selection inside the limits meets the budget.
@@ -137,9 +137,9 @@ def fit(budget: Budget, ranking: Ranking, share: Fraction, model: nn.Module, exa
     else:
         cost = _cost(budget.quantity, ranking.groups, ranking.orders, model, example_inputs)
     whole = cost(none)
-    allowed = budget.allowed(share, whole)
+    allowed = budget.allowed(fraction, whole)
     if whole <= allowed:
-        if share == 1:
+        if fraction == 1:
             log.info("the whole network is inside the budget %s=%s", budget.quantity, float(budget.target))
         return none
     _within(budget, cost(ranking.counts(Fraction(1))), whole, allowed)
@@ -153,7 +153,7 @@ def fit(budget: Budget, ranking: Ranking, share: Fraction, model: nn.Module, exa
     fewer = ranking.counts(Fraction(above, ranking.steps))
     counts = _refined(ranking.counts(Fraction(enough, ranking.steps)), fewer, cost, allowed)
     _report(budget, cost(counts), whole, ranking, Fraction(enough, ranking.steps))
-    if table is not None and share == 1:
+    if table is not None and fraction == 1:
         _verify(budget, table, ranking, counts, model, example_inputs)
     return counts
 
@@ -278,8 +278,8 @@ def unreachable(budget: Budget, why: str) -> ConfigError:
     return ConfigError(f"granularity.budget.{budget.quantity}={float(budget.target)} cannot be met: {why}")
 
 
-def _report(budget: Budget, left: int | float, whole: int | float, ranking: Ranking, share: Fraction) -> None:
-    bound = ranking.bound(share)
+def _report(budget: Budget, left: int | float, whole: int | float, ranking: Ranking, fraction: Fraction) -> None:
+    bound = ranking.bound(fraction)
     log.info(
         "budget %s=%s: %.6g of %.6g %s remain (%.4f)%s", budget.quantity, float(budget.target), left, whole,
         NAMES[budget.quantity], left / whole,

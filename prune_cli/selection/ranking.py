@@ -1,7 +1,7 @@
 """How many units go from every group, and in which order: ratios, floors, caps, rounding, ranking, votes. All pure.
 
-A `Group` holds units that compete; `rank` sorts them once; `Ranking.counts(share)` then says for any part of the
-request how many go from each group. Counts never fall as the share grows, which is what searching a budget needs.
+A `Group` holds units that compete; `rank` sorts them once; `Ranking.counts(fraction)` then says for any part of the
+request how many go from each group. Counts never fall as the fraction grows, which is what searching a budget needs.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Ranking:
         groups: what was ranked.
         limits: what bounds the counts.
         orders: per group, unit indices, the first to go first.
-        asked: share of the request -> units that would go from each group, at most its cap for ranked groups.
-        steps: shares `t / steps` for integer t tell all counts apart.
+        asked: fraction of the request -> units that would go from each group, at most its cap for ranked groups.
+        steps: fractions `t / steps` for integer t tell all counts apart.
         values: scope=global: per group, the compared scores in its order.
     """
 
@@ -76,9 +76,11 @@ class Ranking:
     steps: int
     values: tuple[Tensor, ...] = ()
 
-    def counts(self, share: Fraction) -> list[int]:
+    def counts(self, fraction: Fraction) -> list[int]:
         """Units to remove from each group, with floors, caps and rounding."""
-        return [self.limits.bounded(group, count) for group, count in zip(self.groups, self.asked(share), strict=True)]
+        return [
+            self.limits.bounded(group, count) for group, count in zip(self.groups, self.asked(fraction), strict=True)
+        ]
 
     def keep(self, counts: Sequence[int]) -> list[Tensor]:
         """One bool vector per group, True = keep, without the first `counts[i]` units of its order."""
@@ -89,20 +91,20 @@ class Ranking:
             keeps.append(keep.to(group.scores.device))
         return keeps
 
-    def bound(self, share: Fraction) -> list[str]:
+    def bound(self, fraction: Fraction) -> list[str]:
         """Names of the groups from which more would go, were it not for a floor or cap."""
         caps = [group.lines * self.limits.cap(group) for group in self.groups]
         if not self.values:
-            pairs = zip(self.groups, self.asked(share), caps, strict=True)
+            pairs = zip(self.groups, self.asked(fraction), caps, strict=True)
             return [group.name for group, count, cap in pairs if count > cap]
-        taken = [min(count, cap) for count, cap in zip(self.asked(share), caps, strict=True)]
+        taken = [min(count, cap) for count, cap in zip(self.asked(fraction), caps, strict=True)]
         worst = max((float(value[count - 1]) for value, count in zip(self.values, taken, strict=True) if count),
                     default=-float("inf"))  # fmt: skip
         everything = sum(taken) == sum(caps)
         return [
             group.name
             for group, value, count, cap in zip(self.groups, self.values, taken, caps, strict=True)
-            if count == cap < len(value) and (float(value[cap]) < worst or (everything and share > 0))
+            if count == cap < len(value) and (float(value[cap]) < worst or (everything and fraction > 0))
         ]
 
 
@@ -112,7 +114,7 @@ def smallest(groups: Sequence[Group], limits: Limits) -> list[int]:
 
 
 def even(groups: Sequence[Group]) -> list[Group]:
-    """The groups with every ratio 1: a share of their request is then one common ratio for all."""
+    """The groups with every ratio 1: a fraction of their request is then one common ratio for all."""
     return [
         replace(group, ratio=1.0, votes=tuple(replace(vote, ratio=1.0) for vote in group.votes)) for group in groups
     ]
@@ -151,9 +153,9 @@ def rank(
         ratios = [Fraction(str(group.ratio)) for group in found]
         lengths = [size // group.lines for group, size in zip(found, sizes, strict=True)]
 
-        def each(share: Fraction) -> list[int]:
+        def each(fraction: Fraction) -> list[int]:
             return [
-                group.lines * removed(ratio * share, length)
+                group.lines * removed(ratio * fraction, length)
                 for group, ratio, length in zip(found, ratios, lengths, strict=True)
             ]
 
@@ -167,8 +169,8 @@ def rank(
     total, ratio = sum(sizes), Fraction(str(found[0].ratio))
     last = min(int(queue[-1]) for queue in _queues(list(values))) if never_empty else total
 
-    def together(share: Fraction) -> list[int]:
-        budget = min(removed(ratio * share, total), last)
+    def together(fraction: Fraction) -> list[int]:
+        budget = min(removed(ratio * fraction, total), last)
         return [int(np.searchsorted(queue, budget)) for queue in queues]
 
     return Ranking(found, limits, orders, together, total, values)
@@ -219,12 +221,12 @@ def _by_votes(groups: tuple[Group, ...], scope: Scope, normalize: Normalize, lim
         place[own[order]] = np.arange(size)
     units = int(offsets[-1])
 
-    def asked(share: Fraction) -> list[int]:
-        budgets = np.array([removed(ratio * share, int(size)) for ratio, size in zip(ratios, sizes, strict=True)])
+    def asked(fraction: Fraction) -> list[int]:
+        budgets = np.array([removed(ratio * fraction, int(size)) for ratio, size in zip(ratios, sizes, strict=True)])
         stays = np.bincount(unit, weights=place >= budgets[layer], minlength=units) > 0
         return [int((~part).sum()) for part in np.split(stays, offsets[1:-1])]
 
-    # The share at which a unit goes: the largest of its channels'.
+    # The fraction at which a unit goes: the largest of its channels'.
     asking = np.array([float(ratio) * size for ratio, size in zip(ratios, sizes, strict=True)])
     with np.errstate(divide="ignore"):
         level = (place + 1) / asking[layer]

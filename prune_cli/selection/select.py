@@ -76,7 +76,7 @@ def select(
     model: nn.Module,
     example_inputs: Tensor,
     *,
-    share: float = 1.0,
+    fraction: float = 1.0,
     kept: Mapping[str, int] | None = None,
     masked: Masks | None = None,
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
@@ -88,8 +88,8 @@ def select(
     """Scores every unit and masks exactly the lowest k of n, ties by index; says in the log what limits changed.
 
     Args:
-        share: part of the ratio to apply, in [0, 1].
-        kept: instead of a share: group name -> units that stay; see `names_of`. Groups that are absent stay whole.
+        fraction: part of the ratio to apply, in [0, 1].
+        kept: instead of a fraction: group name -> units that stay; see `names_of`. Groups that are absent stay whole.
         masked: masks whose units stay removed, or None to choose afresh.
         statistics: parameter name -> what the criterion's needs collected.
         seed: for criteria that draw numbers; each layer has its own generator.
@@ -100,9 +100,9 @@ def select(
     if asked is None:
         plan = plan or functools.cache(functools.partial(analyse, model, example_inputs))
         asked = granularity.asked(model, criterion, plan)
-    part = Fraction(str(share))
+    part = Fraction(str(fraction))
     context = Context(model, example_inputs, {}, asked, masked or {}, granularity.dependency, plan)
-    groups = scored(granularity, criterion, context, statistics or {}, seed, share=part, kept=kept)
+    groups = scored(granularity, criterion, context, statistics or {}, seed, fraction=part, kept=kept)
     if kept is not None:
         return chosen(model, groups, keep_counts(ordered(groups, granularity.scope), kept), None)
     how, power = granularity.normalization(criterion), criterion.nature.power or 1
@@ -123,7 +123,7 @@ def scored(
     statistics: Mapping[str, Mapping[str, Tensor]],
     seed: int,
     *,
-    share: Fraction = Fraction(1),
+    fraction: Fraction = Fraction(1),
     kept: Mapping[str, int] | None = None,
 ) -> list[Group]:
     """The groups of a network with their scores.
@@ -132,12 +132,12 @@ def scored(
         context: of the network; its scores are not looked at.
         statistics: parameter name -> what the criterion's needs collected.
         seed: for criteria that draw numbers.
-        share: of the ratio that will be applied, for criteria that need to know how much is kept.
-        kept: group name -> units that will stay, instead of a share; for the same.
+        fraction: of the ratio that will be applied, for criteria that need to know how much is kept.
+        kept: group name -> units that will stay, instead of a fraction; for the same.
     """
     model, asked = context.model, context.ratios
     norms = sites.norms(model, context.example_inputs) if criterion.reads("structure") else {}
-    rows = rows_kept(granularity, context, share, kept) if criterion.reads("request") else {}
+    rows = rows_kept(granularity, context, fraction, kept) if criterion.reads("request") else {}
     scores = {
         name: score_of(
             model,
@@ -254,7 +254,7 @@ def combined(model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor])
 
 
 def rows_kept(
-    granularity: Granularity, context: Context, share: Fraction, counts: Mapping[str, int] | None = None
+    granularity: Granularity, context: Context, fraction: Fraction, counts: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """How many output channels each weight will keep, by name: the counts do not depend on scores inside a layer.
 
@@ -265,7 +265,7 @@ def rows_kept(
     groups = granularity.units.groups(replace(context, scores=blank))
     kept = {name: scores.numel() for name, scores in blank.items()}
     if counts is None:
-        keeps = keep_units(groups, granularity, share, model, context.example_inputs, quiet=True)
+        keeps = keep_units(groups, granularity, fraction, model, context.example_inputs, quiet=True)
     else:
         keeps = keep_counts(ordered(groups, granularity.scope), counts)
     for name, mask in combined(model, groups, keeps).items():
@@ -278,7 +278,7 @@ def rows_kept(
 def keep_units(
     groups: list[Group],
     granularity: Granularity,
-    share: Fraction,
+    fraction: Fraction,
     model: nn.Module | None = None,
     example_inputs: Tensor | None = None,
     *,
@@ -289,7 +289,7 @@ def keep_units(
     """One bool vector per group, True = keep; names in the log the layers where a floor or cap acted.
 
     Args:
-        share: part of the request to apply, in [0, 1]; of a budget, the part of the way from the whole network.
+        fraction: part of the request to apply, in [0, 1]; of a budget, the part of the way from the whole network.
         model: needed for budgets.
         example_inputs: the same.
         normalize: what makes scores of different layers comparable, for scope=global.
@@ -306,17 +306,17 @@ def keep_units(
         if normalize == "per_cost":
             groups = per_cost.positions(groups, limits, granularity.budget)
         ranking = rank(even(groups), scope, normalize, limits, power=power)
-        return ranking.keep(budgets.fit(granularity.budget, ranking, share, model, example_inputs))
+        return ranking.keep(budgets.fit(granularity.budget, ranking, fraction, model, example_inputs))
     if scope == "global" and any(group.choose for group in groups):
         raise ConfigError("granularity.scope=global: these units choose inside each layer; choose scope=layer")
     ranked = [group for group in groups if not group.choose]  # sorting the others would be the dearest part
     never_empty = granularity.dependency == "inner_only"
     ranking = rank(ranked, scope, normalize, limits, power=power, never_empty=never_empty)
-    counts = ranking.counts(share)
+    counts = ranking.counts(fraction)
     if not quiet:
-        _report(ranking, share, counts)
+        _report(ranking, fraction, counts)
     keeps = iter(ranking.keep(counts))
-    return _spared(groups, [group.choose(share) if group.choose else next(keeps) for group in groups], quiet=quiet)
+    return _spared(groups, [group.choose(fraction) if group.choose else next(keeps) for group in groups], quiet=quiet)
 
 
 def _spared(groups: list[Group], keeps: list[Tensor], *, quiet: bool = False) -> list[Tensor]:
@@ -338,15 +338,15 @@ def _spared(groups: list[Group], keeps: list[Tensor], *, quiet: bool = False) ->
     ]
 
 
-def _report(ranking: Ranking, share: Fraction, counts: Sequence[int]) -> None:
+def _report(ranking: Ranking, fraction: Fraction, counts: Sequence[int]) -> None:
     """Logs where floors, caps and rounding changed what was asked."""
     sizes = [group.scores.numel() for group in ranking.groups]
-    bound, rounded = ranking.bound(share), ranking.limits.round_to > 1
-    if not (bound or rounded) or not share:
+    bound, rounded = ranking.bound(fraction), ranking.limits.round_to > 1
+    if not (bound or rounded) or not fraction:
         return
     realised = {group.name: count / size for group, count, size in zip(ranking.groups, counts, sizes, strict=True)}
     where = ", ".join(f"{name} at {realised[name]:.3f}" for name in bound) or "no layer"
-    asked = sum(float(group.ratio * share) * size for group, size in zip(ranking.groups, sizes, strict=True))
+    asked = sum(float(group.ratio * fraction) * size for group, size in zip(ranking.groups, sizes, strict=True))
     log.info(
         "min_keep and max_ratio acted on %s%s; removed %.4f of the units, asked %.4f",
         where, f", widths are multiples of {ranking.limits.round_to}" if rounded else "",

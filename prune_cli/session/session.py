@@ -178,7 +178,7 @@ class Session:
             criterion,
             self.model,
             self.state.example_inputs(),
-            share=fraction,
+            fraction=fraction,
             kept=kept,
             masked=held,
             statistics=statistics,

@@ -19,7 +19,7 @@ from prune_cli.errors import SurgeryError
 from prune_cli.structure import interpreter as tracing
 from prune_cli.structure import propagate
 from prune_cli.structure.interpreter import Example, Modules
-from prune_cli.structure.labels import DECIDES, OUTPUTS, Constraints, flat, marks_of
+from prune_cli.structure.labels import DECIDES, OUTPUTS, Constraints, flat, labelling_of
 from prune_cli.structure.looks import Looks
 from prune_cli.structure.modules import named_tensors, refuse_compiled, walk
 from prune_cli.structure.operators.statistics import labels_in
@@ -54,7 +54,7 @@ def labelled(model: nn.Module, example: Example, fallbacks: Fallbacks, refused: 
         ]
         refused = tuple(dict.fromkeys((*refused, *run.warnings, *_undecided(run.traces, idle, run.constraints))))
         for tensor, _ in parameters.values() if fallbacks.whole else ():
-            for label in marks_of(tensor).fields:
+            for label in labelling_of(tensor).labels:
                 run.constraints.freeze(label)
     finally:
         propagate.unmark(parameters)
@@ -140,7 +140,7 @@ class _Run:
         outputs = tracing.execute(self.model, self.example, labeller, looks.trace.training)
         constraints.begin(OUTPUTS, "")
         for output in outputs:
-            for label in (*marks_of(output).fields, *labels_in(output)):
+            for label in (*labelling_of(output).labels, *labels_in(output)):
                 constraints.freeze(label)
         return labeller.used, labeller
 
@@ -171,7 +171,7 @@ def _undecided(traces: list[Trace], idle: list[str], constraints: Constraints) -
             for trace in traces:
                 for step in trace.steps:
                     if step.layer == layer or step.layer.startswith(inside):
-                        for label in (label for _, marks in step.outs for label in marks.fields):
+                        for label in (label for _, labelling in step.outs for label in labelling.labels):
                             constraints.freeze(label)
             yield f"{why}: its channels are kept"
 

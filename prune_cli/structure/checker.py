@@ -18,7 +18,7 @@ from prune_cli.errors import first_line
 from prune_cli.structure import interpreter
 from prune_cli.structure.attention import scales_queries
 from prune_cli.structure.interpreter import FREE, LOCAL, Modules, Refused, Tracer, numbers_of, scalar_of
-from prune_cli.structure.labels import NOTHING, Kind, Marks, beside_labels, varied
+from prune_cli.structure.labels import NOTHING, Kind, Labelling, beside_labels, varied
 from prune_cli.structure.looks import replayed
 from prune_cli.structure.modules import walk
 from prune_cli.structure.operators.movement import padded
@@ -63,8 +63,10 @@ class Checker(Tracer):
         given = next((a for a in args if isinstance(a, Tensor)), None)
         device = given.device if given is not None else None
         made: list[Tensor] = []
-        for (shape, marks), dtype, value in zip(step.outs, step.dtypes, values or [None] * len(step.outs), strict=True):
-            expected = self.shape(shape, marks)
+        for (shape, labelling), dtype, value in zip(
+            step.outs, step.dtypes, values or [None] * len(step.outs), strict=True
+        ):
+            expected = self.shape(shape, labelling)
             if value is None and (expected is None or FREE in expected):
                 return None
             tensor = (
@@ -129,10 +131,10 @@ class Checker(Tracer):
             if numbers != step.numbers and repr(numbers) != repr(step.numbers):  # nan is not equal to itself
                 raise Refused(self.ordinal, self.layer, name, f"its numbers were {step.numbers} and became {numbers}")
         outs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
-        for tensor, (shape, marks) in zip(outs, step.outs, strict=True):
-            if marks.kind is Kind.UNIFORM and not marks.fields:
+        for tensor, (shape, labelling) in zip(outs, step.outs, strict=True):
+            if labelling.kind is Kind.UNIFORM and not labelling.labels:
                 continue
-            expected = self.shape(shape, marks)
+            expected = self.shape(shape, labelling)
             if expected is None or not _fits(tensor.shape, expected):
                 raise Refused(self.ordinal, self.layer, name, f"shape {tuple(tensor.shape)}, expected {expected}")
         if step.source is not None and name in LOCAL:
@@ -153,10 +155,10 @@ class Checker(Tracer):
         self.ordinal += 1
         return self.trace.steps[min(self.ordinal, len(self.trace.steps) - 1)]
 
-    def shape(self, shape: tuple[int, ...], marks: Marks) -> tuple[int, ...] | None:
+    def shape(self, shape: tuple[int, ...], labelling: Labelling) -> tuple[int, ...] | None:
         """The shape of a tensor after removal, None where what is kept is not a product."""
         size = list(shape)
-        for label in marks.fields:
+        for label in labelling.labels:
             axes = varied(label)
             if axes:
                 kept = self._kept(label, axes)
@@ -186,12 +188,12 @@ class Checker(Tracer):
 
     def _positions(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], outs: list[Tensor]) -> None:
         """Slices and the like: the same operator picks the same positions of the kept labels."""
-        _, marks = step.source or ((), NOTHING)
-        for number, label in enumerate(marks.fields):
+        _, labelling = step.source or ((), NOTHING)
+        for number, label in enumerate(labelling.labels):
             small = self._small(label, args[0].shape)
             if small is None:
                 raise Refused(self.ordinal, self.layer, step.name, "what is kept is not a product")
-            if any(len(m.fields) != len(marks.fields) for _, m in step.outs):
+            if any(len(m.labels) != len(labelling.labels) for _, m in step.outs):
                 continue
             if step.name == "constant_pad_nd":
                 got = _padded(small, label, args[1]).expand(outs[0].shape)
@@ -200,7 +202,7 @@ class Checker(Tracer):
             for have, tensor, (_, out) in zip(
                 got if isinstance(got, (tuple, list)) else (got,), outs, step.outs, strict=True
             ):
-                want = self._small(out.fields[number], tensor.shape)
+                want = self._small(out.labels[number], tensor.shape)
                 if want is not None and step.name == "constant_pad_nd":  # new positions have variables of their own
                     want = torch.where(torch.isin(want.contiguous(), small.contiguous()), want, -1)
                 if want is None or not torch.equal(

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prune_cli.errors import SurgeryError, first_line
-from prune_cli.structure.labels import Kind, marks_of
+from prune_cli.structure.labels import Kind, labelling_of
 from prune_cli.structure.modules import may_train_otherwise
 from prune_cli.structure.originals import Originals
 from prune_cli.structure.shape_only import HEAVY, LIGHT, SHAPED, VIEWS, ZeroBlocks, product, shaped, skipped
@@ -209,8 +209,10 @@ def scalar_of(name: str, args: tuple[Any, ...]) -> float | None:
         return None
     number = args[1]
     if isinstance(number, Tensor):
-        marks = marks_of(number)
-        number = number.item() if number.dim() == 0 and not marks.fields and marks.kind is not Kind.WEIGHT else None
+        labelling = labelling_of(number)
+        number = (
+            number.item() if number.dim() == 0 and not labelling.labels and labelling.kind is not Kind.WEIGHT else None
+        )
     if not isinstance(number, (int, float)) or not number:
         return None
     return 1.0 / number if name == "div" else float(number)

@@ -1,9 +1,9 @@
 """Labels: which channel variable each element of a tensor belongs to, and what has been learned about the variables.
 
-A label is an int64 tensor of the same shape as the tensor that it describes (a *field*). Axes along which it does not
-vary have stride 0, so a field costs as much memory as the axes along which it varies. Values: a variable's number (>
+A label is an int64 tensor of the same shape as the tensor that it describes. Axes along which it does not
+vary have stride 0, so a label costs as much memory as the axes along which it varies. Values: a variable's number (>
 0), `FIXED` = 0 for a position that must stay, `ANY` = -1 for a constant that fits anything (padding, `new_zeros`). A
-weight carries one field per axis, an activation usually one.
+weight carries one label per axis, an activation usually one.
 
 What belongs here: the data types and the equations between variables. What an operator does to labels is in
 `operators/`.
@@ -30,42 +30,42 @@ OUTPUTS, DECIDES = "outputs", "decides"  # what fixes channels beside operators
 class Kind(Enum):
     """Where a tensor comes from."""
 
-    DATA = "data"  # inputs and constants, or anything computed: an axis without a field is fixed
+    DATA = "data"  # inputs and constants, or anything computed: an axis without a label is fixed
     WEIGHT = "weight"  # parameters and buffers, and what is computed from them alone
     UNIFORM = "uniform"  # a factory's constant: every axis may follow its neighbours
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
+class Labelling:
     """What is known of one tensor.
 
     Attributes:
-        fields: one label tensor per independent family of variables, each of the tensor's shape.
+        labels: one label tensor per independent family of variables, each of the tensor's shape.
         kind: where the tensor comes from.
         zero: whether the elements of a removed variable are exactly 0 when the network is masked.
     """
 
-    fields: tuple[Tensor, ...] = ()
+    labels: tuple[Tensor, ...] = ()
     kind: Kind = Kind.DATA
     zero: bool = False
 
 
-NOTHING = Marks()
+NOTHING = Labelling()
 
 
-def marks_of(tensor: Tensor) -> Marks:
-    """The marks written on a tensor; inputs and constants have none and are data."""
-    return getattr(tensor, "_prune_marks", NOTHING)
+def labelling_of(tensor: Tensor) -> Labelling:
+    """The labelling written on a tensor; inputs and constants have none and are data."""
+    return getattr(tensor, "_prune_labelling", NOTHING)
 
 
 def varied(label: Tensor) -> tuple[int, ...]:
-    """The axes along which a field varies."""
+    """The axes along which a label varies."""
     strides = label.stride()
     return tuple([axis for axis, size in enumerate(label.shape) if size > 1 and strides[axis]])
 
 
 def slim(label: Tensor) -> Tensor:
-    """The field with every axis along which it does not vary cut to size 1 (a view)."""
+    """The label with every axis along which it does not vary cut to size 1 (a view)."""
     size = [n if stride else 1 for n, stride in zip(label.shape, label.stride(), strict=True)]
     return label.as_strided(size, label.stride())
 
@@ -76,7 +76,7 @@ def flat(label: Tensor) -> np.ndarray:
 
 
 def compact(label: Tensor, limit: int = 1 << 22) -> Tensor:
-    """Finds axes along which a materialised field is constant and turns them into stride 0."""
+    """Finds axes along which a materialised label is constant and turns them into stride 0."""
     if label.numel() == 0 or label.numel() > limit:
         return label
     shape, label = label.shape, slim(label)
@@ -142,7 +142,7 @@ class Constraints:
         return torch.arange(first, first + size)
 
     def fresh_along(self, axis: int, shape: torch.Size) -> Tensor:
-        """The field of new variables along one axis."""
+        """The label of new variables along one axis."""
         size = shape[axis]
         if self.count + size > self.base + len(self.numbers):
             self.base, self.numbers = self.count, torch.arange(self.count, self.count + max(size, 1 << 16))
@@ -160,7 +160,7 @@ class Constraints:
         self.edges.append((a, b))
 
     def tie_along(self, label: Tensor, axes: tuple[int, ...]) -> Tensor:
-        """All positions along the axes are one variable; returns the field without that variation."""
+        """All positions along the axes are one variable; returns the label without that variation."""
         axes = tuple(axis for axis in varied(label) if axis in axes)
         if not axes:
             return label
@@ -247,9 +247,9 @@ class Constraints:
         return labels
 
 
-def without_fields(marks: Marks) -> Marks:
+def without_labels(labelling: Labelling) -> Labelling:
     """The same tensor after its variables were frozen."""
-    return replace(marks, fields=(), kind=Kind.DATA, zero=False)
+    return replace(labelling, labels=(), kind=Kind.DATA, zero=False)
 
 
 def beside_labels(args: Sequence[Any]) -> tuple[Any, ...]:

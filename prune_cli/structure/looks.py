@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from prune_cli.structure.labels import DECIDES, Constraints, Kind, Marks, marks_of
+from prune_cli.structure.labels import DECIDES, Constraints, Kind, Labelling, labelling_of
 from prune_cli.structure.operators.call import Call, tensors
 from prune_cli.structure.trace import Look, Trace
 
@@ -60,7 +60,7 @@ class Looks:
         if run.current.startswith("index") and not any(t.dtype in (torch.bool, torch.uint8) for t in given[1:]):
             return None
         if not self.real:
-            if any(marks_of(t).kind is Kind.DATA for t in given):
+            if any(labelling_of(t).kind is Kind.DATA for t in given):
                 self.trace.looks.append(Look(run.layer, run.current, _kind(func, given)))
             return None
         out = func(*args, **kwargs)
@@ -76,7 +76,7 @@ class Looks:
             self.trace.values[run.ordinal] = out
         return out
 
-    def saw(self, call: Call, outs: Sequence[Any], marks: Sequence[tuple[Any, Marks]]) -> None:
+    def saw(self, call: Call, outs: Sequence[Any], labellings: Sequence[tuple[Any, Labelling]]) -> None:
         """Passes on what depends on the input, and remembers whole numbers and conditions in tensors."""
         if not self.real or not any(getattr(t, "_prune_data", False) for t in call.inputs):
             return
@@ -92,8 +92,8 @@ class Looks:
         if self.trace.values is None or (returned and returned[0].alias_info and not call.func._schema.is_mutable):
             return
         known = [
-            None if t.is_floating_point() or mark.fields or t.numel() > LARGEST else t.clone()
-            for t, (_, mark) in zip(made, marks, strict=True)
+            None if t.is_floating_point() or labelling.labels or t.numel() > LARGEST else t.clone()
+            for t, (_, labelling) in zip(made, labellings, strict=True)
         ]
         if made and (rows or any(t is not None for t in known)):
             self.trace.values[len(self.trace.steps)] = known
@@ -102,7 +102,7 @@ class Looks:
         """Sees the end of a module's call."""
         for value in tree_leaves((given, output)):
             if isinstance(value, Tensor):
-                self.frames += [(parent, label) for label in marks_of(value).fields]
+                self.frames += [(parent, label) for label in labelling_of(value).labels]
         if any(isinstance(value, (int, float)) for value in tree_leaves(output)):
             self.returns.add((child, parent))
 
@@ -116,8 +116,8 @@ class Looks:
             if layer in layers:
                 constraints.freeze(label)
         for step in self.trace.steps:
-            for _, marks in step.outs if step.layer in layers else ():
-                for label in marks.fields:
+            for _, labelling in step.outs if step.layer in layers else ():
+                for label in labelling.labels:
                     constraints.freeze(label)
 
     def watch(self, run: Tracer, replaced: ExitStack) -> None:
@@ -128,7 +128,7 @@ class Looks:
                 result = original(tensor, *args, **kwargs)
                 if run.busy:  # no code of the network
                     return result
-                depends = getattr(tensor, "_prune_data", False) if self.real else marks_of(tensor).kind is Kind.DATA
+                depends = getattr(tensor, "_prune_data", False) if self.real else labelling_of(tensor).kind is Kind.DATA
                 if depends:
                     self.trace.looks.append(Look(run.layer, name, "number"))
                 self.trace.arrays.append(result)

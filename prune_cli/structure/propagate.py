@@ -26,7 +26,7 @@ from prune_cli.structure.interpreter import (
     numbers_of,
     scalar_of,
 )
-from prune_cli.structure.labels import NOTHING, Constraints, Kind, Marks, marks_of, varied, vector
+from prune_cli.structure.labels import NOTHING, Constraints, Kind, Labelling, labelling_of, varied, vector
 from prune_cli.structure.looks import Looks
 from prune_cli.structure.modules import lendable, may_train_otherwise, named_tensors, names_read
 from prune_cli.structure.operators.call import Call, Result, Unsupported, positive_axis, tensors
@@ -163,20 +163,20 @@ class Labeller(Tracer):
         inputs = tensors(args, kwargs)
         call = Call(name, func, args, kwargs, out, self.constraints, inputs, level, heads, layer)
         found = rule(name, func)
-        mark = found or frozen
-        labelled = any(marks_of(t).fields for t in inputs)
+        apply = found or frozen
+        labelled = any(labelling_of(t).labels for t in inputs)
         self.used.update(map(id, inputs))
         if not self.trace.literal and not self._follows(call, found, labelled, module):
             self.trace.literal = True
         local = labelled and (name in LOCAL or name in NORM_OPERATORS)
-        source = (args[0].shape, marks_of(args[0])) if local else None
+        source = (args[0].shape, labelling_of(args[0])) if local else None
         self.constraints.begin(name, layer)
         if found is None and labelled:
             self.trace.unknown[str(func)] = layer
         if call.level >= FROZEN_LEVEL or (not self.trace.training and torch.Tag.nondeterministic_seeded in func.tags):
-            mark = frozen  # numbers drawn for fewer channels are other numbers
+            apply = frozen  # numbers drawn for fewer channels are other numbers
         try:
-            result = mark(call)
+            result = apply(call)
         except (Unsupported, ZeroDivisionError, IndexError, ValueError, TypeError, AssertionError) as error:
             if not isinstance(error, Unsupported):
                 _broken(str(func), layer, error)
@@ -201,29 +201,29 @@ class Labeller(Tracer):
 
     def _write(self, call: Call, result: Result, source: Any, code: str) -> None:
         outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
-        marks = result if isinstance(result, (tuple, list)) else (result,)
-        if len(marks) != len(outs):
-            marks = tuple(marks[0] for _ in outs)
+        labellings = result if isinstance(result, (tuple, list)) else (result,)
+        if len(labellings) != len(outs):
+            labellings = tuple(labellings[0] for _ in outs)
         statistic = followed(call) if self.statistics else None
         if call.statistics:
             self.statistics = True
             statistic = Statistic((*call.statistics, *(statistic.labels if statistic else ())))
         seen, dtypes = [], []
-        for tensor, mark in zip(outs, marks, strict=True):
+        for tensor, labelling in zip(outs, labellings, strict=True):
             if isinstance(tensor, Tensor):
-                mark = self._checked(tensor, mark)
-                tensor._prune_marks = mark  # type: ignore[attr-defined]
+                labelling = self._checked(tensor, labelling)
+                tensor._prune_labelling = labelling  # type: ignore[attr-defined]
                 if self.statistics:
                     tensor._prune_statistic = statistic  # type: ignore[attr-defined]
                 shape = tuple(tensor.shape)
                 if 0 in tensor.stride():
                     free = {a for a, stride in enumerate(tensor.stride()) if not stride and shape[a] > 1}
-                    free -= {a for label in mark.fields for a in varied(label)}
+                    free -= {a for label in labelling.labels for a in varied(label)}
                     shape = tuple(FREE if a in free else n for a, n in enumerate(shape))
-                seen.append((shape, mark))
+                seen.append((shape, labelling))
                 dtypes.append(tensor.dtype)
         if self.watch.reads:
-            self.sizes.record(call, self.watch, [mark for _, mark in seen])
+            self.sizes.record(call, self.watch, [labelling for _, labelling in seen])
         self.looks.saw(call, outs, seen)
         weight = source is not None and source[1].kind is Kind.WEIGHT
         self.trace.steps.append(
@@ -242,24 +242,24 @@ class Labeller(Tracer):
         )
         self._remember(call, seen)
 
-    def _remember(self, call: Call, seen: list[tuple[tuple[int, ...], Marks]]) -> None:
+    def _remember(self, call: Call, seen: list[tuple[tuple[int, ...], Labelling]]) -> None:
         """Keeps what attributes near an operator may have to follow."""
-        if call.heads and call.cut and seen and seen[0][1].fields:
-            self.trace.cuts.append(Cut(call.layer, tuple(call.out.shape), seen[0][1].fields[0]))
-        if "split" in call.name and len(seen) > 1 and seen[0][1].fields:
+        if call.heads and call.cut and seen and seen[0][1].labels:
+            self.trace.cuts.append(Cut(call.layer, tuple(call.out.shape), seen[0][1].labels[0]))
+        if "split" in call.name and len(seen) > 1 and seen[0][1].labels:
             axis = positive_axis(call.arg(2, "dim", 0), call.args[0].dim())
-            parts = [[f for f in mark.fields if varied(f) == (axis,)] for _, mark in seen]
+            parts = [[f for f in labelling.labels if varied(f) == (axis,)] for _, labelling in seen]
             if all(parts):
                 self.trace.splits.append((call.layer, tuple(vector(found[0], axis) for found in parts)))
         if call.name in ("native_layer_norm", "_fused_rms_norm"):
             axes = len(call.args[1])
-            for label in marks_of(call.args[0]).fields:
+            for label in labelling_of(call.args[0]).labels:
                 self.trace.widths.append((call.layer, tuple(call.args[1]), label[(0,) * (label.dim() - axes)]))
 
-    def _checked(self, tensor: Tensor, mark: Marks) -> Marks:
-        if all(label.shape == tensor.shape for label in mark.fields):
-            return mark
-        for label in mark.fields:
+    def _checked(self, tensor: Tensor, labelling: Labelling) -> Labelling:
+        if all(label.shape == tensor.shape for label in labelling.labels):
+            return labelling
+        for label in labelling.labels:
             self.constraints.freeze(label)
         return NOTHING
 
@@ -284,14 +284,14 @@ def mark_parameters(
     for name, tensor in named_tensors(model, again=False).items():
         if not tensor.is_floating_point():
             continue
-        first, fields = {}, []
+        first, labels = {}, []
         axes = 2 if id(tensor) in kernels else tensor.dim()  # what is left of a kernel keeps its size
         for axis, size in enumerate(tensor.shape[:axes]):
             if size > 1:
                 first[axis] = constraints.count
-                fields.append(constraints.fresh_along(axis, tensor.shape))
+                labels.append(constraints.fresh_along(axis, tensor.shape))
         zero = type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter) or (name in blank and not tensor.any())
-        tensor._prune_marks = Marks(tuple(fields), Kind.WEIGHT, zero)  # type: ignore[attr-defined]
+        tensor._prune_labelling = Labelling(tuple(labels), Kind.WEIGHT, zero)  # type: ignore[attr-defined]
         found[name] = (tensor, first)
     for name, module in modules:
         projection = TIED_ATTENTION.get(type(module).__name__)
@@ -302,13 +302,13 @@ def mark_parameters(
         full = f"{name}.{projection}" if name else projection
         if projection and full in found:
             tensor, first = found[full]
-            fields_ = marks_of(tensor).fields
-            if len(fields_) == 2 and tensor.shape[0] in (tensor.shape[1], 3 * tensor.shape[1]):
-                constraints.tie(fields_[0][: tensor.shape[1], 0], fields_[1][0])
+            labels_ = labelling_of(tensor).labels
+            if len(labels_) == 2 and tensor.shape[0] in (tensor.shape[1], 3 * tensor.shape[1]):
+                constraints.tie(labels_[0][: tensor.shape[1], 0], labels_[1][0])
     return found
 
 
 def unmark(parameters: Parameters) -> None:
-    """Removes the marks from parameters and buffers."""
+    """Removes the labelling from parameters and buffers."""
     for tensor, _ in parameters.values():
-        tensor.__dict__.pop("_prune_marks", None)
+        tensor.__dict__.pop("_prune_labelling", None)

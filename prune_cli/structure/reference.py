@@ -59,8 +59,8 @@ class KeptNorms(Tracer):
         if not self.defined or self.step is None:
             return
         made = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
-        for tensor, (_, marks) in zip(made, self.step.outs, strict=False):
-            for label in marks.fields if tensor.is_floating_point() and bool(tensor.isnan().any()) else ():
+        for tensor, (_, labelling) in zip(made, self.step.outs, strict=False):
+            for label in labelling.labels if tensor.is_floating_point() and bool(tensor.isnan().any()) else ():
                 for axis in varied(label)[:1] if len(varied(label)) == 1 else ():
                     gone = torch.from_numpy(~self.keep[flat(label) + 1]).to(self.device)
                     if len(gone) == tensor.shape[axis]:
@@ -72,10 +72,10 @@ class KeptNorms(Tracer):
             return super().run(name, func, args, kwargs)
         step = self.step = self.steps.get((self.layer, name, self.seen[self.layer, name]))
         self.seen[self.layer, name] += 1
-        if name not in tracing.NORM_OPERATORS or step is None or step.source is None or not step.source[1].fields:
+        if name not in tracing.NORM_OPERATORS or step is None or step.source is None or not step.source[1].labels:
             return super().run(name, func, args, kwargs)
         label = max(
-            step.source[1].fields,
+            step.source[1].labels,
             key=lambda f: max(varied(f), default=-1) if "layer" in name else 1 in varied(f),
         )
         if "softmax" in name:
@@ -88,7 +88,7 @@ class KeptNorms(Tracer):
             return self._batch_norm(func, args, step)
         if step.norm:
             source, dims = args[0], self._dims(args, args[0].dim())
-            for field in step.source[1].fields:
+            for field in step.source[1].labels:
                 if len(varied(field)) == 1 and varied(field)[0] in dims:
                     _fits(field, args[0], varied(field)[0])
                     source = source.index_select(varied(field)[0], self._kept(field))
@@ -97,9 +97,9 @@ class KeptNorms(Tracer):
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], step: Step) -> Any:
         """Of a weight (1, out, in * kernel), which is standardised so; what it makes of activations is exact."""
-        marks = step.source[1] if step.source else NOTHING
-        for label in marks.fields:
-            if marks.kind is Kind.WEIGHT and varied(label) == (2,):
+        labelling = step.source[1] if step.source else NOTHING
+        for label in labelling.labels:
+            if labelling.kind is Kind.WEIGHT and varied(label) == (2,):
                 kept = self._kept(label)
                 small = func(args[0].index_select(2, kept), *args[1:])
                 return (torch.zeros_like(args[0]).index_copy_(2, kept, small[0]), *small[1:])
@@ -107,7 +107,7 @@ class KeptNorms(Tracer):
 
     def _softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step) -> Any:
         axis = args[1] % args[0].dim()
-        for label in step.source[1].fields if step.source else ():
+        for label in step.source[1].labels if step.source else ():
             if varied(label) == (axis,):
                 _fits(label, args[0], axis)
                 kept = self._kept(label)

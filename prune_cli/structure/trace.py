@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prune_cli.structure.labels import Marks
+from prune_cli.structure.labels import Labelling
 from prune_cli.structure.reads import Origin
 
 FROZEN_LEVEL = 4  # above what any rule knows: the operator's labels stay
@@ -21,8 +21,8 @@ class Step(NamedTuple):
     name: str
     func: Any
     layer: str
-    outs: tuple[tuple[tuple[int, ...], Marks], ...]
-    source: tuple[tuple[int, ...], Marks] | None = None  # of operators that pick positions or normalise
+    outs: tuple[tuple[tuple[int, ...], Labelling], ...]
+    source: tuple[tuple[int, ...], Labelling] | None = None  # of operators that pick positions or normalise
     norm: bool = False  # takes a statistic over channels by which they are normalised
     code: str = ""  # class of the module, "" for single layers
     scalar: float | None = None  # a number among the operands

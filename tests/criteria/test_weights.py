@@ -154,5 +154,5 @@ def test_clustering_is_told_how_many_filters_its_family_keeps():
     chosen = select(Granularity(Filter(), 0.5), criterion, Residual(), torch.zeros(1, 3, 8, 8))
     assert told == {"stem.weight": 4, "inner.weight": 3, "outer.weight": 4, "head.weight": 4}
     assert chosen.removed == 7
-    select(Granularity(Filter(), 0.5, min_keep=0.9), criterion, Residual(), torch.zeros(1, 3, 8, 8), share=0.5)
+    select(Granularity(Filter(), 0.5, min_keep=0.9), criterion, Residual(), torch.zeros(1, 3, 8, 8), fraction=0.5)
     assert told["stem.weight"] == 7 and told["inner.weight"] == 5

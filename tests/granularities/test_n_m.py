@@ -102,7 +102,7 @@ def test_a_share_removes_its_part_the_lowest_of_each_group_first(share):
     model = nn.Sequential(nn.Linear(32, 5))
     full = select(Granularity(NM(8), 0.75), L1, model, torch.zeros(1, 32)).masks["0.weight"]
     part = Fraction(share, 20)
-    mask = select(Granularity(NM(8), 0.75), L1, model, torch.zeros(1, 32), share=part).masks["0.weight"]
+    mask = select(Granularity(NM(8), 0.75), L1, model, torch.zeros(1, 32), fraction=part).masks["0.weight"]
     assert int((~mask).sum()) == int(part * 5 * 24)
     assert not (~mask & full).any()
     per_group = (~mask).view(5, 4, 8).sum(2)

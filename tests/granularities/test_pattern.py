@@ -135,7 +135,7 @@ def test_shares_grow_from_entries_outside_patterns_to_kernels():
     model = network()
     before = torch.ones(20, 8, 3, 3, dtype=torch.bool)
     for share in (0.0, 0.3, 0.6, 0.8, 1.0):
-        mask = select(Granularity(Pattern(), 0.75), L2, model, IMAGE, share=share).masks["1.weight"]
+        mask = select(Granularity(Pattern(), 0.75), L2, model, IMAGE, fraction=share).masks["1.weight"]
         goal = Fraction("0.75") * Fraction(str(share))
         if goal < Fraction(5, 9):
             assert int((~mask).sum()) == int(goal * mask.numel())

@@ -82,7 +82,7 @@ def test_the_built_network_is_inside_and_one_unit_more_would_not_be(seed, widths
     assert getattr(built(model, chosen.masks), quantity) * 100 <= percent * whole
     counts = fit(budget, ranking, Fraction(1), model, IMAGE)
     assert sum(counts) == chosen.removed
-    # Brute force over every share: no step of the ranking with fewer units would do.
+    # Brute force over every fraction: no step of the ranking with fewer units would do.
     allowed = Fraction(percent, 100) * whole
     for step in range(ranking.steps + 1):
         other = ranking.counts(Fraction(step, ranking.steps))
@@ -174,8 +174,8 @@ def test_a_share_goes_that_part_of_the_way():
     whole = measure.cost(model, IMAGE).macs
     granularity = Granularity(Filter(), scope="global", budget=Budget(macs=0.4))
     left = [
-        built(model, select(granularity, L1, model, IMAGE, share=share).masks).macs / whole
-        for share in (0, 0.25, 0.5, 1)
+        built(model, select(granularity, L1, model, IMAGE, fraction=fraction).masks).macs / whole
+        for fraction in (0, 0.25, 0.5, 1)
     ]
     assert left[0] == 1
     assert left[1:] == [pytest.approx(part, abs=0.05) for part in (0.85, 0.7, 0.4)]

@@ -142,7 +142,7 @@ def test_scaling_a_layer_changes_nothing():
 
 def test_a_part_of_the_way_is_a_part_of_the_order():
     model, granularity = network(widths=(8, 16, 32)), Granularity(Filter(), budget=Budget(macs=0.3))
-    half, whole = (select(granularity, L2, model, IMAGE, share=share) for share in (0.5, 1.0))
+    half, whole = (select(granularity, L2, model, IMAGE, fraction=share) for share in (0.5, 1.0))
     assert all((half.masks[name] | ~mask).all() for name, mask in whole.masks.items() if name in half.masks)
     assert 0 < half.removed < whole.removed
 

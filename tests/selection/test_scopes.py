@@ -72,18 +72,18 @@ def test_a_row_is_everything_that_one_output_is_made_of(layer):
 
 @given(st.integers(0, 4), st.integers(0, 99), st.integers(0, 5), st.floats(0, 0.6), st.sampled_from([1.0, 0.5]))
 @settings(max_examples=60, deadline=None)
-def test_every_row_loses_exactly_its_lowest_k_of_n(which, percent, seed, min_keep, share):
+def test_every_row_loses_exactly_its_lowest_k_of_n(which, percent, seed, min_keep, fraction):
     torch.manual_seed(seed)
     layer = LAYERS[which]
     with torch.no_grad():
         layer.weight.copy_(torch.randn(layer.weight.shape))
     granularity = Granularity(Element(), percent / 100, scope="row", min_keep=min_keep)
     granularity.check(layer, L1)
-    masks = select(granularity, L1, layer, IMAGE, share=share).masks
+    masks = select(granularity, L1, layer, IMAGE, fraction=fraction).masks
     keep, scores = masks["weight"].flatten(), layer.weight.detach().abs().flatten()
     for row in output_rows(layer, layer.weight.shape).positions():
         floor = max(1, int(Fraction(str(min_keep)) * len(row)))
-        gone = min(int(Fraction(percent, 100) * Fraction(str(share)) * len(row)), len(row) - floor)
+        gone = min(int(Fraction(percent, 100) * Fraction(str(fraction)) * len(row)), len(row) - floor)
         assert int((~keep[row]).sum()) == gone
         if gone:
             assert scores[row][~keep[row]].max() <= scores[row][keep[row]].min()
@@ -158,7 +158,7 @@ def test_random_budgets_take_evenly_too():
 
 
 def _sizes(granularity: Granularity, model: nn.Module) -> dict[str, int]:
-    return dict(select(granularity, RANDOM, model, IMAGE, share=0.0).kept)
+    return dict(select(granularity, RANDOM, model, IMAGE, fraction=0.0).kept)
 
 
 def _even(kept, sizes, ratio=0.5):

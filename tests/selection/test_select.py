@@ -80,8 +80,8 @@ def test_global_scope_is_the_best_choice_under_floors_and_caps(sizes, percent, m
 
 def test_a_share_of_the_ratio_and_nothing_at_zero():
     model = network()
-    assert choose(Granularity(Element(), 0.8), model=model, share=0.0).removed == 0
-    half = choose(Granularity(Element(), 0.8), model=model, share=0.5)
+    assert choose(Granularity(Element(), 0.8), model=model, fraction=0.0).removed == 0
+    half = choose(Granularity(Element(), 0.8), model=model, fraction=0.5)
     assert half.removed == sum(int(Fraction(4, 10) * layer.weight.numel()) for layer in (model[0], model[2], model[4]))
     assert choose(Granularity(Element(), 0.0), model=model).removed == 0
 

@@ -206,7 +206,7 @@ def test_analysis_leaves_the_model_alone() -> None:
     analyse(model, example(1, 3, 4, 4))
     assert modes == [m.training for m in model.modules()] and torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert not any(hasattr(p, "_prune_marks") for p in model.parameters())
+    assert not any(hasattr(p, "_prune_labelling") for p in model.parameters())
 
 
 def test_model_that_does_not_run_is_refused_in_one_line() -> None:

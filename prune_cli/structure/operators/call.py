@@ -1,6 +1,6 @@
 """One executed operator as a rule sees it, and what most rules need.
 
-A rule gets the call with its real arguments and output and returns the marks of the output. Rules take a *level*, which
+A rule gets the call with its real arguments and output and returns the labelling of the output. Rules take a *level*, which
 the check after surgery raises for an operator that could not follow the new widths: level 0 trusts the code to follow,
 higher levels fix the sizes that the code spells out, the last level freezes.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_cli.structure.labels import ANY, Constraints, Kind, Marks, marks_of, slim, varied
+from prune_cli.structure.labels import ANY, Constraints, Kind, Labelling, labelling_of, slim, varied
 
 
 @dataclass(slots=True)
@@ -49,8 +49,8 @@ class Call:
         return self.args[position] if len(self.args) > position else self.kwargs.get(keyword, default)
 
 
-ASIDE = Marks(kind=Kind.UNIFORM)  # a second output that nobody reads, such as a norm's saved statistics
-Result = Marks | tuple[Marks, ...] | list[Marks]
+ASIDE = Labelling(kind=Kind.UNIFORM)  # a second output that nobody reads, such as a norm's saved statistics
+Result = Labelling | tuple[Labelling, ...] | list[Labelling]
 
 
 class Unsupported(Exception):
@@ -83,29 +83,29 @@ def extent(tensor: Tensor) -> tuple[int, ...]:
 def freeze(call: Call, *values: Any) -> None:
     """Freezes every label of the tensors."""
     for tensor in tensors(*values):
-        for label in marks_of(tensor).fields:
+        for label in labelling_of(tensor).labels:
             call.constraints.freeze(label)
 
 
 def align(label: Tensor, shape: Sequence[int]) -> Tensor:
-    """Broadcasts a field to an output's shape."""
+    """Broadcasts a label to an output's shape."""
     return label if label.shape == torch.Size(shape) else label.expand(shape)
 
 
-def merge(call: Call, shape: Sequence[int], operands: list[tuple[Marks, Sequence[int]]]) -> tuple[Tensor, ...]:
-    """Unifies the fields of operands that meet element by element.
+def merge(call: Call, shape: Sequence[int], operands: list[tuple[Labelling, Sequence[int]]]) -> tuple[Tensor, ...]:
+    """Unifies the labels of operands that meet element by element.
 
     Args:
         call: the operator.
         shape: shape of the output.
-        operands: marks of each operand, and the operand's shape as it is broadcast (same rank or shorter).
+        operands: labelling of each operand, and the operand's shape as it is broadcast (same rank or shorter).
 
     Returns:
-        The fields of the output; fields that meet constant data are frozen and end here.
+        The labels of the output; labels that meet constant data are frozen and end here.
     """
     merged: list[tuple[Tensor, tuple[int, ...]]] = []
-    for marks, _ in operands:
-        for raw in marks.fields:
+    for labelling, _ in operands:
+        for raw in labelling.labels:
             label = align(raw, shape)
             axes = varied(label)
             rest: list[tuple[Tensor, tuple[int, ...]]] = []
@@ -116,12 +116,12 @@ def merge(call: Call, shape: Sequence[int], operands: list[tuple[Marks, Sequence
                 call.constraints.tie(other, label)
                 label, axes = _narrower((other, others), (label, axes))
             merged = [*rest, (label, axes)]
-    for marks, size in operands:
-        if marks.kind is Kind.UNIFORM:
+    for labelling, size in operands:
+        if labelling.kind is Kind.UNIFORM:
             continue
         offset = len(shape) - len(size)
         extents = {axis + offset for axis, n in enumerate(size) if n > 1}
-        for label in marks.fields:
+        for label in labelling.labels:
             extents -= set(varied(align(label, shape)))
         for label, axes in merged:
             if extents & set(axes):
@@ -133,7 +133,7 @@ def merge(call: Call, shape: Sequence[int], operands: list[tuple[Marks, Sequence
 def _narrower(
     first: tuple[Tensor, tuple[int, ...]], second: tuple[Tensor, tuple[int, ...]]
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Of two tied fields the one that varies along fewer axes, with `ANY` filled in from the other."""
+    """Of two tied labels the one that varies along fewer axes, with `ANY` filled in from the other."""
     if len(second[1]) < len(first[1]):
         first, second = second, first
     label, axes = first

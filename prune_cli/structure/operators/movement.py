@@ -14,11 +14,11 @@ from prune_cli.structure.labels import (
     FIXED,
     Constraints,
     Kind,
-    Marks,
+    Labelling,
     along,
     beside_labels,
     compact,
-    marks_of,
+    labelling_of,
     slim,
     varied,
     vector,
@@ -28,42 +28,42 @@ from prune_cli.structure.operators.call import Call, Result, Unsupported, freeze
 
 def moved(call: Call) -> Result:
     """Axis permutations, expansions and flips: the same operator on the labels."""
-    marks = marks_of(call.args[0])
+    labelling = labelling_of(call.args[0])
     kwargs = {k: v for k, v in call.kwargs.items() if k != "memory_format"}
-    return replace(marks, fields=tuple(call.func(label, *call.args[1:], **kwargs) for label in marks.fields))
+    return replace(labelling, labels=tuple(call.func(label, *call.args[1:], **kwargs) for label in labelling.labels))
 
 
 def flip(call: Call) -> Result:
     """Flips keep the set of kept positions, mirrored; labels that do not vary stay views."""
-    marks = marks_of(call.args[0])
+    labelling = labelling_of(call.args[0])
     shape = call.out.shape
-    return replace(marks, fields=tuple(call.func(slim(f), *call.args[1:]).expand(shape) for f in marks.fields))
+    return replace(labelling, labels=tuple(call.func(slim(f), *call.args[1:]).expand(shape) for f in labelling.labels))
 
 
 def repeat(call: Call) -> Result:
     """Repeats: the same operator on the labels, then constant axes are found again; a kernel repeated for every channel
     fits any number of them, and so do places (integers) that are repeated for every channel."""
     source, shape = call.args[0], call.out.shape
-    marks = marks_of(source)
-    if not marks.fields and source.dim() == len(shape) and not source.is_floating_point():
+    labelling = labelling_of(source)
+    if not labelling.labels and source.dim() == len(shape) and not source.is_floating_point():
         wide = [axis for axis, n in enumerate(source.shape) if n == 1 < shape[axis]]
-        return Marks(tuple(along(call.constraints.fresh(shape[axis]), axis, shape) for axis in wide))
-    fields = [compact(call.func(label, *call.args[1:], **call.kwargs)) for label in marks.fields]
-    if marks.kind is Kind.WEIGHT and source.dim() == len(shape) > 2 and source.shape[0] == 1 < shape[0]:
-        fields.append(along(call.constraints.fresh(shape[0]), 0, shape))
-        marks = replace(marks, zero=False)
-    return replace(marks, fields=tuple(fields))
+        return Labelling(tuple(along(call.constraints.fresh(shape[axis]), axis, shape) for axis in wide))
+    labels = [compact(call.func(label, *call.args[1:], **call.kwargs)) for label in labelling.labels]
+    if labelling.kind is Kind.WEIGHT and source.dim() == len(shape) > 2 and source.shape[0] == 1 < shape[0]:
+        labels.append(along(call.constraints.fresh(shape[0]), 0, shape))
+        labelling = replace(labelling, zero=False)
+    return replace(labelling, labels=tuple(labels))
 
 
 def roll(call: Call) -> Result:
     """Rolling along an axis that carries labels moves positions by a literal: frozen; other axes change
     nothing."""
     source = call.args[0]
-    marks = marks_of(source)
+    labelling = labelling_of(source)
     dims = [positive_axis(d, source.dim()) for d in call.arg(2, "dims", ()) or range(source.dim())]
-    if any(set(varied(label)) & set(dims) for label in marks.fields):
+    if any(set(varied(label)) & set(dims) for label in labelling.labels):
         raise Unsupported
-    return marks
+    return labelling
 
 
 @lru_cache(maxsize=8192)
@@ -89,14 +89,14 @@ def _regroup(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[tuple[tup
 def reshape(call: Call) -> Result:
     """Views: the same view on the labels. A view that cuts an axis must stay a product."""
     source, out = call.args[0], call.out
-    marks = marks_of(source)
-    if not marks.fields:
-        return marks
+    labelling = labelling_of(source)
+    if not labelling.labels:
+        return labelling
     if 0 in source.shape:
         raise Unsupported
     groups = _regroup(tuple(source.shape), tuple(out.shape))
-    fields: list[Tensor] = []
-    for label in marks.fields:
+    labels: list[Tensor] = []
+    for label in labelling.labels:
         axes = set(varied(label))
         small, target = slim(label), list(out.shape)
         full = list(small.shape)
@@ -120,12 +120,12 @@ def reshape(call: Call) -> Result:
         for wide in cuts:
             view = _cut(call, view, wide, len(axes))
         view = view.expand(out.shape)
-        if marks.kind is Kind.DATA and any(set(varied(view)) & set(varied(other)) for other in fields):
+        if labelling.kind is Kind.DATA and any(set(varied(view)) & set(varied(other)) for other in labels):
             # One axis, two choices (heads, and widths that all heads share): the first shrinks.
             call.constraints.freeze(view)
         else:
-            fields.append(view)
-    return replace(marks, fields=tuple(fields))
+            labels.append(view)
+    return replace(labelling, labels=tuple(labels))
 
 
 def _cut(call: Call, label: Tensor, wide: tuple[int, ...], before: int) -> Tensor:
@@ -157,17 +157,17 @@ def slices(call: Call) -> Result:
     start = call.arg(2, "start") or 0
     start = min(max(start + n if start < 0 else start, 0), n)
     step = call.arg(4, "step", 1)
-    fields = []
-    marks = marks_of(source)
-    for label in marks.fields:
+    labels = []
+    labelling = labelling_of(source)
+    for label in labelling.labels:
         if axis in varied(label) and kept < n:
             _cut_part(call, label, axis, start, kept, step)
-        fields.append(
+        labels.append(
             label.narrow(axis, start, n - start)[(slice(None),) * axis + (slice(None, None, step),)].narrow(
                 axis, 0, kept
             )
         )
-    return replace(marks, fields=tuple(fields))
+    return replace(labelling, labels=tuple(labels))
 
 
 def _cut_part(call: Call, label: Tensor, axis: int, start: int, kept: int, step: int) -> None:
@@ -198,9 +198,9 @@ def split(call: Call) -> Result:
     frozen."""
     source, outs = call.args[0], call.out
     axis = positive_axis(call.arg(2, "dim", 0), source.dim())
-    marks = marks_of(source)
+    labelling = labelling_of(source)
     sizes = [part.shape[axis] for part in outs]
-    for label in marks.fields:
+    for label in labelling.labels:
         if axis not in varied(label) or len(outs) == 1:
             continue
         if varied(label) != (axis,) or call.level:
@@ -209,17 +209,17 @@ def split(call: Call) -> Result:
             call.constraints.product(vector(label, axis).reshape(len(sizes), -1))
         elif call.name != "split_with_sizes":
             call.constraints.freeze(label)
-    parts = [label.split(sizes, axis) for label in marks.fields]
-    return [replace(marks, fields=tuple(part[i] for part in parts)) for i in range(len(outs))]
+    parts = [label.split(sizes, axis) for label in labelling.labels]
+    return [replace(labelling, labels=tuple(part[i] for part in parts)) for i in range(len(outs))]
 
 
 def select_op(call: Call) -> Result:
     """`x[i]` and `unbind`: along an axis with labels all positions are one."""
     source = call.args[0]
     axis = positive_axis(call.arg(1, "dim", 0), source.dim())
-    marks = marks_of(source)
-    fields = []
-    for label in marks.fields:
+    labelling = labelling_of(source)
+    labels = []
+    for label in labelling.labels:
         if varied(label) == (axis,):
             if call.level == 0 and call.name == "select" and call.arg(2, "index") >= 0:
                 call.constraints.freeze(vector(label, axis)[: call.arg(2, "index") + 1])
@@ -227,10 +227,10 @@ def select_op(call: Call) -> Result:
             call.constraints.freeze(label)
             continue
         call.constraints.tie_along(label, (axis,))
-        fields.append(label)
+        labels.append(label)
     if call.name == "select":
-        return replace(marks, fields=tuple(label.select(axis, call.arg(2, "index")) for label in fields))
-    return [replace(marks, fields=tuple(label.select(axis, i) for label in fields)) for i in range(len(call.out))]
+        return replace(labelling, labels=tuple(label.select(axis, call.arg(2, "index")) for label in labels))
+    return [replace(labelling, labels=tuple(label.select(axis, i) for label in labels)) for i in range(len(call.out))]
 
 
 def cat(call: Call) -> Result:
@@ -242,29 +242,33 @@ def cat(call: Call) -> Result:
     if call.name == "stack":
         single = list(out.shape)
         single[axis] = 1
-        part_marks = [replace(m, fields=tuple(f.unsqueeze(axis) for f in m.fields)) for m in map(marks_of, parts)]
+        part_labellings = [
+            replace(m, labels=tuple(f.unsqueeze(axis) for f in m.labels)) for m in map(labelling_of, parts)
+        ]
         shapes = [tuple(single)] * len(parts)
     else:
-        part_marks, shapes = [marks_of(p) for p in parts], [tuple(p.shape) for p in parts]
-    across: list[tuple[Marks, Sequence[int]]] = []
+        part_labellings, shapes = [labelling_of(p) for p in parts], [tuple(p.shape) for p in parts]
+    across: list[tuple[Labelling, Sequence[int]]] = []
     line: list[Tensor | None] = []
-    for marks, shape in zip(part_marks, shapes, strict=True):
-        mine = [label for label in marks.fields if axis in varied(label)]
+    for labelling, shape in zip(part_labellings, shapes, strict=True):
+        mine = [label for label in labelling.labels if axis in varied(label)]
         if len(mine) > 1:
             raise Unsupported
         line.append(mine[0] if mine else None)
-        others = tuple(label for label in marks.fields if axis not in varied(label))
+        others = tuple(label for label in labelling.labels if axis not in varied(label))
         size = tuple(1 if d == axis else n for d, n in enumerate(shape))
         spread = {d for label in mine for d in varied(label)}
         size = tuple(1 if d in spread else n for d, n in enumerate(size))
-        across.append((replace(marks, fields=tuple(_head(f, axis) for f in others)), size))
+        across.append((replace(labelling, labels=tuple(_head(f, axis) for f in others)), size))
     line_shape = tuple(1 if d == axis else n for d, n in enumerate(out.shape))
-    fields = [label.expand(out.shape) for label in merge(call, line_shape, across)]
+    labels = [label.expand(out.shape) for label in merge(call, line_shape, across)]
     if any(label is not None for label in line):
-        fields.append(_cat_line(call.constraints, line, part_marks, shapes, axis).expand(out.shape))
-    kinds = {marks.kind for marks in part_marks}
+        labels.append(_cat_line(call.constraints, line, part_labellings, shapes, axis).expand(out.shape))
+    kinds = {labelling.kind for labelling in part_labellings}
     kind = kinds.pop() if len(kinds) == 1 else Kind.DATA
-    return Marks(tuple(fields), kind, all(m.zero or m.kind is Kind.UNIFORM or not m.fields for m in part_marks))
+    return Labelling(
+        tuple(labels), kind, all(m.zero or m.kind is Kind.UNIFORM or not m.labels for m in part_labellings)
+    )
 
 
 def _head(label: Tensor, axis: int) -> Tensor:
@@ -279,15 +283,19 @@ def _head(label: Tensor, axis: int) -> Tensor:
 
 
 def _cat_line(
-    constraints: Constraints, line: list[Tensor | None], marks: list[Marks], shapes: list[tuple[int, ...]], axis: int
+    constraints: Constraints,
+    line: list[Tensor | None],
+    labellings: list[Labelling],
+    shapes: list[tuple[int, ...]],
+    axis: int,
 ) -> Tensor:
     spread = {d for label in line if label is not None for d in varied(label)} | {axis}
     pieces = []
-    for label, mark, shape in zip(line, marks, shapes, strict=True):
+    for label, labelling, shape in zip(line, labellings, shapes, strict=True):
         size = [n if d in spread else 1 for d, n in enumerate(shape)]
         if label is None:
             piece = torch.full(size, FIXED, dtype=torch.int64)
-            if mark.kind is Kind.UNIFORM:
+            if labelling.kind is Kind.UNIFORM:
                 piece = constraints.fresh(piece.numel()).reshape(size)
             pieces.append(piece)
         else:
@@ -313,10 +321,10 @@ def pad(call: Call) -> Result:
     """Constant padding: along an axis with labels the new positions fit anything (level 0) or stay (level
     1)."""
     source, out = call.args[0], call.out
-    marks = marks_of(source)
+    labelling = labelling_of(source)
     pads, value = call.args[1], call.arg(2, "value", 0)
-    fields = []
-    for label in marks.fields:
+    labels = []
+    for label in labelling.labels:
         axes = varied(label)
         cut = list(pads)
         for axis in range(source.dim()):
@@ -331,14 +339,14 @@ def pad(call: Call) -> Result:
             if free and len(axes) == 1:  # new positions are variables of their own: what meets them decides
                 new = label == ANY
                 label[new] = call.constraints.fresh(int(new.sum()))
-        fields.append(slim(label).expand(out.shape))
-    return replace(marks, fields=tuple(fields), zero=marks.zero and value == 0)
+        labels.append(slim(label).expand(out.shape))
+    return replace(labelling, labels=tuple(labels), zero=labelling.zero and value == 0)
 
 
 def index(call: Call) -> Result:
     """Indexing with tensors: axes that carry labels and are indexed are frozen, the others move."""
     source, out = call.args[0], call.out
-    marks = marks_of(source)
+    labelling = labelling_of(source)
     if call.name == "index_select":
         axes, func_args = {positive_axis(call.args[1], source.dim())}, call.args[1:]
     else:
@@ -349,93 +357,93 @@ def index(call: Call) -> Result:
             if item is not None:
                 axes |= set(range(axis, axis + width))
             axis += width
-    fields = []
-    for label in marks.fields:
+    labels = []
+    for label in labelling.labels:
         if axes & set(varied(label)):
             call.constraints.freeze(label)
         if set(varied(label)) <= axes:
             continue
         if 0 in out.shape and out.dim() == source.dim() and len(axes) == 1:  # rows that the data choose: none here
             axis = next(iter(axes))
-            fields.append(label.narrow(axis, 0, 1).expand(out.shape))
+            labels.append(label.narrow(axis, 0, 1).expand(out.shape))
             continue
-        fields.append(compact(call.func(label.contiguous(), *beside_labels(func_args))))
-    if any(label.shape != out.shape for label in fields):
+        labels.append(compact(call.func(label.contiguous(), *beside_labels(func_args))))
+    if any(label.shape != out.shape for label in labels):
         raise Unsupported
     freeze(call, func_args)
-    return replace(marks, fields=tuple(fields))
+    return replace(labelling, labels=tuple(labels))
 
 
 def pixel_shuffle(call: Call) -> Result:
     """r*r neighbouring channels become one plane: they live together."""
     source, out = call.args[0], call.out
-    marks = marks_of(source)
+    labelling = labelling_of(source)
     axis = source.dim() - 3
-    fields = []
-    for label in marks.fields:
+    labels = []
+    for label in labelling.labels:
         if varied(label) != (axis,):
             raise Unsupported
         group = vector(label, axis).reshape(out.shape[axis], -1)
         call.constraints.tie_along(group, (1,))
-        fields.append(along(group[:, 0], axis, out.shape))
-    return replace(marks, fields=tuple(fields))
+        labels.append(along(group[:, 0], axis, out.shape))
+    return replace(labelling, labels=tuple(labels))
 
 
 def pixel_unshuffle(call: Call) -> Result:
     """One channel becomes r*r neighbouring ones; unfold does the same with its window."""
     source, out = call.args[0], call.out
-    marks = marks_of(source)
+    labelling = labelling_of(source)
     axis = source.dim() - 3
-    fields = []
-    for label in marks.fields:
+    labels = []
+    for label in labelling.labels:
         if varied(label) != (axis,):
             raise Unsupported
         copies = out.shape[axis] // source.shape[axis]
-        fields.append(along(vector(label, axis).repeat_interleave(copies), axis, out.shape))
-    return replace(marks, fields=tuple(fields))
+        labels.append(along(vector(label, axis).repeat_interleave(copies), axis, out.shape))
+    return replace(labelling, labels=tuple(labels))
 
 
 def fold(call: Call) -> Result:
     """The inverse of unfold: the window's positions of a channel live together."""
     source, out = call.args[0], call.out
     axis = source.dim() - 2
-    fields = []
-    for label in marks_of(source).fields:
+    labels = []
+    for label in labelling_of(source).labels:
         if varied(label) != (axis,):
             raise Unsupported
         group = vector(label, axis).reshape(out.shape[axis], -1)
         call.constraints.tie_along(group, (1,))
-        fields.append(along(group[:, 0], axis, out.shape))
-    return replace(marks_of(source), fields=tuple(fields))
+        labels.append(along(group[:, 0], axis, out.shape))
+    return replace(labelling_of(source), labels=tuple(labels))
 
 
 def windows(call: Call) -> Result:
     """`Tensor.unfold` and pairs of real numbers as complex ones: along axes without labels only."""
     source = call.args[0]
     axis = positive_axis(call.args[1] if call.name == "unfold" else -1, source.dim())
-    marks = marks_of(source)
+    labelling = labelling_of(source)
     if call.name != "view_as_real":
-        for label in marks.fields:
+        for label in labelling.labels:
             if axis in varied(label):
                 call.constraints.freeze(label)
-        marks = replace(marks, fields=tuple(label for label in marks.fields if axis not in varied(label)))
+        labelling = replace(labelling, labels=tuple(label for label in labelling.labels if axis not in varied(label)))
     if call.name == "unfold":
-        return replace(marks, fields=tuple(call.func(label, *call.args[1:]) for label in marks.fields))
+        return replace(labelling, labels=tuple(call.func(label, *call.args[1:]) for label in labelling.labels))
     shape = call.out.shape
     if call.name == "view_as_real":
-        return replace(marks, fields=tuple(label.unsqueeze(-1).expand(shape) for label in marks.fields))
-    return replace(marks, fields=tuple(label.select(-1, 0) for label in marks.fields))
+        return replace(labelling, labels=tuple(label.unsqueeze(-1).expand(shape) for label in labelling.labels))
+    return replace(labelling, labels=tuple(label.select(-1, 0) for label in labelling.labels))
 
 
 def channel_shuffle(call: Call) -> Result:
     """Groups of channels are interleaved: equal positions in every group live together."""
     source, out = call.args[0], call.out
-    marks = marks_of(source)
-    fields = []
-    for label in marks.fields:
+    labelling = labelling_of(source)
+    labels = []
+    for label in labelling.labels:
         if varied(label) != (1,) or call.level:
             raise Unsupported
         parts = vector(label, 1).reshape(call.args[1], -1)
         call.constraints.product(parts)
-        fields.append(along(parts.t().reshape(-1), 1, out.shape))
-    return replace(marks, fields=tuple(fields))
+        labels.append(along(parts.t().reshape(-1), 1, out.shape))
+    return replace(labelling, labels=tuple(labels))

@@ -11,21 +11,21 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from prune_cli.structure.labels import NOTHING, Kind, Marks, marks_of, varied
+from prune_cli.structure.labels import NOTHING, Kind, Labelling, labelling_of, varied
 from prune_cli.structure.operators.call import Call, Result, Unsupported, extent, freeze, merge, positive_axis
 
 
-def _aligned(call: Call, tensor: Tensor, axis: int, shape: Sequence[int]) -> tuple[Marks, Sequence[int]]:
-    """An operand's fields beside `axis`, which is cut to one position; where it is read or written in part, they stay."""
-    fields = []
-    for label in marks_of(tensor).fields:
+def _aligned(call: Call, tensor: Tensor, axis: int, shape: Sequence[int]) -> tuple[Labelling, Sequence[int]]:
+    """An operand's labels beside `axis`, which is cut to one position; where it is read or written in part, they stay."""
+    labels = []
+    for label in labelling_of(tensor).labels:
         axes = varied(label)
         if axis in axes or any(tensor.shape[other] != shape[other] for other in axes):
             call.constraints.freeze(label)
         else:
-            fields.append(label.narrow(axis, 0, 1))
+            labels.append(label.narrow(axis, 0, 1))
     size = [1 if other == axis else n for other, n in enumerate(extent(tensor))]
-    return replace(marks_of(tensor), fields=tuple(fields)), size
+    return replace(labelling_of(tensor), labels=tuple(labels)), size
 
 
 def gather(call: Call) -> Result:
@@ -35,8 +35,8 @@ def gather(call: Call) -> Result:
     shape = call.out.shape
     line = [1 if other == axis else n for other, n in enumerate(shape)]
     operands = [_aligned(call, tensor, axis, shape) for tensor in (source, places)]
-    fields = tuple(label.expand(shape) for label in merge(call, line, operands))
-    return Marks(fields, Kind.DATA, bool(fields) and marks_of(source).zero)
+    labels = tuple(label.expand(shape) for label in merge(call, line, operands))
+    return Labelling(labels, Kind.DATA, bool(labels) and labelling_of(source).zero)
 
 
 def scatter(call: Call) -> Result:
@@ -57,34 +57,34 @@ def scatter(call: Call) -> Result:
     shape = call.out.shape
     line = [1 if other == axis else n for other, n in enumerate(shape)]
     operands = [_aligned(call, tensor, axis, shape) for tensor in (target, *written)]
-    fields = tuple(label.expand(shape) for label in merge(call, line, operands))
+    labels = tuple(label.expand(shape) for label in merge(call, line, operands))
     if isinstance(value, Tensor):
-        zero = marks_of(value).zero
+        zero = labelling_of(value).zero
     else:
         zero = value == 0
-    return Marks(fields, Kind.DATA, bool(fields) and zero and marks_of(target).zero)
+    return Labelling(labels, Kind.DATA, bool(labels) and zero and labelling_of(target).zero)
 
 
 def pack(call: Call) -> Result:
     """`pack_padded_sequence`: steps and sequences become one axis, features stay."""
     data = call.out[0]
-    fields = []
-    for label in marks_of(call.args[0]).fields:
+    labels = []
+    for label in labelling_of(call.args[0]).labels:
         if min(varied(label), default=2) < 2:
             call.constraints.freeze(label)
         else:
-            fields.append(label[0, 0].expand(data.shape))
-    return (replace(marks_of(call.args[0]), fields=tuple(fields), kind=Kind.DATA), NOTHING)
+            labels.append(label[0, 0].expand(data.shape))
+    return (replace(labelling_of(call.args[0]), labels=tuple(labels), kind=Kind.DATA), NOTHING)
 
 
 def unpack(call: Call) -> Result:
     """`pad_packed_sequence`, the inverse."""
     padded, value = call.out[0], call.arg(3, "padding_value", 0)
-    fields = []
-    for label in marks_of(call.args[0]).fields:
+    labels = []
+    for label in labelling_of(call.args[0]).labels:
         if 0 in varied(label):
             call.constraints.freeze(label)
         else:
-            fields.append(label[0].expand(padded.shape))
-    marks = marks_of(call.args[0])
-    return (Marks(tuple(fields), Kind.DATA, marks.zero and value == 0), NOTHING)
+            labels.append(label[0].expand(padded.shape))
+    labelling = labelling_of(call.args[0])
+    return (Labelling(tuple(labels), Kind.DATA, labelling.zero and value == 0), NOTHING)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from prune_cli.structure.labels import marks_of
+from prune_cli.structure.labels import labelling_of
 from prune_cli.structure.operators.call import Call
 
 STATISTICS = {"mean", "var", "std", "var_mean", "std_mean"}
@@ -51,7 +51,7 @@ def followed(call: Call) -> Statistic | None:
         after = _alone(call, inverted.pop())
         if after is not None:
             return Statistic(labels, after)
-    elif len(found) == 1 and len(others) == 1 and marks_of(others[0]).fields and _normalises(call, found[0]):
+    elif len(found) == 1 and len(others) == 1 and labelling_of(others[0]).labels and _normalises(call, found[0]):
         return None
     for label in labels:
         call.constraints.freeze(label)

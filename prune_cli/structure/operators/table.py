@@ -19,14 +19,14 @@ from prune_cli.structure.labels import (
     FIXED,
     NOTHING,
     Kind,
-    Marks,
+    Labelling,
     Work,
     along,
     compact,
-    marks_of,
+    labelling_of,
     varied,
     vector,
-    without_fields,
+    without_labels,
 )
 from prune_cli.structure.operators.call import Call, Result, Unsupported, extent, freeze, merge
 from prune_cli.structure.operators.contractions import (
@@ -78,28 +78,30 @@ def factory(call: Call) -> Result:
     """Constants made from a shape fit any width; sequences of numbers do not."""
     if call.name in ("arange", "linspace", "eye", "tril_indices", "triu_indices", "scalar_tensor"):
         return NOTHING
-    return Marks(kind=Kind.UNIFORM, zero=call.name in ("zeros", "zeros_like", "new_zeros"))
+    return Labelling(kind=Kind.UNIFORM, zero=call.name in ("zeros", "zeros_like", "new_zeros"))
 
 
 def write(call: Call) -> Result:
     """`copy_`, `fill_` and `zero_`, also into a view of a larger tensor."""
     target = call.args[0]
-    marks = marks_of(target)
-    if call.name == "zero" or (call.name == "fill" and marks.fields):
-        return marks if call.name == "zero" else replace(marks, zero=False)
+    labelling = labelling_of(target)
+    if call.name == "zero" or (call.name == "fill" and labelling.labels):
+        return labelling if call.name == "zero" else replace(labelling, zero=False)
     base = target._base
     if call.name != "copy":
-        if marks.kind is Kind.UNIFORM and base is not None:
+        if labelling.kind is Kind.UNIFORM and base is not None:
             freeze(call, base)
-            base._prune_marks = NOTHING  # type: ignore[attr-defined]
+            base._prune_labelling = NOTHING  # type: ignore[attr-defined]
             return NOTHING
-        return marks
+        return labelling
     source = call.args[1]
-    origin = marks_of(source)
-    fields = merge(call, target.shape, [(marks, target.shape), (origin, extent(source))])
-    if base is not None and fields and not marks.fields:
-        _write_base(call, base, target, fields, origin.zero)
-    return Marks(fields, Kind.DATA if fields else origin.kind, origin.zero and (marks.zero or not marks.fields))
+    origin = labelling_of(source)
+    labels = merge(call, target.shape, [(labelling, target.shape), (origin, extent(source))])
+    if base is not None and labels and not labelling.labels:
+        _write_base(call, base, target, labels, origin.zero)
+    return Labelling(
+        labels, Kind.DATA if labels else origin.kind, origin.zero and (labelling.zero or not labelling.labels)
+    )
 
 
 def index_put(call: Call) -> Result:
@@ -112,42 +114,42 @@ def index_put(call: Call) -> Result:
     shape = call.out.shape[first:]
     operands = []
     for tensor in (target, values):
-        marks, trailing = marks_of(tensor), min(len(shape), tensor.dim())
+        labelling, trailing = labelling_of(tensor), min(len(shape), tensor.dim())
         lead = tensor.dim() - trailing
-        if any(axis < lead for label in marks.fields for axis in varied(label)):
+        if any(axis < lead for label in labelling.labels for axis in varied(label)):
             raise Unsupported
-        fields = tuple(f.as_strided(f.shape[lead:], f.stride()[lead:], f.storage_offset()) for f in marks.fields)
-        operands.append((replace(marks, fields=fields), tensor.shape[lead:]))
-    fields = tuple(label.expand(call.out.shape) for label in merge(call, shape, operands))
+        labels = tuple(f.as_strided(f.shape[lead:], f.stride()[lead:], f.storage_offset()) for f in labelling.labels)
+        operands.append((replace(labelling, labels=labels), tensor.shape[lead:]))
+    labels = tuple(label.expand(call.out.shape) for label in merge(call, shape, operands))
     freeze(call, list(indices))
-    return Marks(fields, Kind.DATA, all(marks.zero for marks, _ in operands))
+    return Labelling(labels, Kind.DATA, all(labelling.zero for labelling, _ in operands))
 
 
-def _write_base(call: Call, base: Tensor, view: Tensor, fields: tuple[Tensor, ...], zero: bool) -> None:
-    known = marks_of(base)
+def _write_base(call: Call, base: Tensor, view: Tensor, labels: tuple[Tensor, ...], zero: bool) -> None:
+    known = labelling_of(base)
     zero = zero and known.zero
-    if known.kind is Kind.UNIFORM and not known.fields and (whole := _spread(base, view, fields)) is not None:
-        base._prune_marks = Marks(whole, known.kind, zero)  # type: ignore[attr-defined]
+    if known.kind is Kind.UNIFORM and not known.labels and (whole := _spread(base, view, labels)) is not None:
+        base._prune_labelling = Labelling(whole, known.kind, zero)  # type: ignore[attr-defined]
         return
-    if len(fields) > 1 or len(known.fields) > 1 or not base.is_contiguous():
-        for label in (*fields, *known.fields):
+    if len(labels) > 1 or len(known.labels) > 1 or not base.is_contiguous():
+        for label in (*labels, *known.labels):
             call.constraints.freeze(label)
         return
     empty = ANY if known.kind is Kind.UNIFORM else FIXED
-    label = known.fields[0].contiguous() if known.fields else torch.full(base.shape, empty, dtype=torch.int64)
+    label = known.labels[0].contiguous() if known.labels else torch.full(base.shape, empty, dtype=torch.int64)
     place = label.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())
-    place.copy_(fields[0])
-    base._prune_marks = Marks((compact(label),), known.kind, zero)  # type: ignore[attr-defined]
+    place.copy_(labels[0])
+    base._prune_labelling = Labelling((compact(label),), known.kind, zero)  # type: ignore[attr-defined]
 
 
-def _spread(base: Tensor, view: Tensor, fields: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """The fields of a constant of which a part is written: all of it has them where the part has the whole of their axes,
+def _spread(base: Tensor, view: Tensor, labels: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """The labels of a constant of which a part is written: all of it has them where the part has the whole of their axes,
     as when steps of a sequence are written one after another. None where the part has less."""
     places = {
         (n, stride): axis for axis, (n, stride) in enumerate(zip(base.shape, base.stride(), strict=True)) if n > 1
     }
     whole = []
-    for label in fields:
+    for label in labels:
         axes = [places.get((view.shape[axis], view.stride(axis))) for axis in varied(label)]
         if len(axes) != 1 or axes[0] is None:
             return None
@@ -163,9 +165,9 @@ def constant(call: Call) -> Result:
 def strided(call: Call) -> Result:
     """`as_strided` that only renames memory: same sizes."""
     source = call.args[0]
-    if marks_of(source).fields and tuple(call.args[1]) != marks_of(source).fields[0].shape:
+    if labelling_of(source).labels and tuple(call.args[1]) != labelling_of(source).labels[0].shape:
         raise Unsupported
-    return marks_of(source)
+    return labelling_of(source)
 
 
 RULES: dict[str, Callable[[Call], Result]] = {
@@ -353,5 +355,5 @@ def frozen(call: Call) -> Result:
     elif call.name in ("mm", "addmm", "bmm", "baddbmm"):
         call.constraints.work.append(Work(call.layer, call.out.numel() * call.args[-1].shape[-2], ()))
     outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
-    marks = without_fields(NOTHING)
-    return tuple(marks for _ in outs) if isinstance(call.out, (tuple, list)) else marks
+    labelling = without_labels(NOTHING)
+    return tuple(labelling for _ in outs) if isinstance(call.out, (tuple, list)) else labelling
