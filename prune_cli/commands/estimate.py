@@ -45,28 +45,32 @@ def estimate(built: Pipeline, sizes: Mapping[str, int], config: Mapping[str, Any
     state = built.state
     size = cost(state.model, state.example_inputs(), {}).bytes
     lines, total, images, memory = [], 0.0, 0, 0.0
+    decided = [s.name for s in built.steps if s.training is not None and (s.tries or s.epochs is None)]
     for number, step in enumerate(built.steps, 1):
         head = f"stage {number}  {step.name}: "
         if step.training is None or not step.epochs:
-            known = (
-                "no training" if step.training is None or step.epochs == 0 else "trains as long as its schedule decides"
-            )
-            lines.append(head + known)
+            lines.append(head + ("trains as long as its schedule decides" if step.name in decided else "no training"))
             continue
         timed = timed_step(step.training, state)
         steps = batches_of(sizes["train"], step.training.batch_size, config.get("limit_batches"))
         seconds = step.epochs * (steps * timed.seconds + _evaluation(step, timed, sizes, config))
         seen = step.epochs * min(sizes["train"], steps * step.training.batch_size)
         total, images, memory = total + seconds, images + seen, max(memory, timed.saved_bytes + COPIES * size)
+        candidates = ", besides the candidates of its schedule" if step.tries else ""
         lines.append(
             f"{head}{step.epochs} epochs of {steps} steps of {step.training.batch_size}: "
-            f"{step.epochs * steps:,} steps, {seen:,} images, {clock(seconds)}"
+            f"{step.epochs * steps:,} steps, {seen:,} images, {clock(seconds)}{candidates}"
         )
     disk = size * (len(built.steps) + COPIES)
     where = f"{state.device}" + (f", {torch.get_num_threads()} threads" if state.device.type == "cpu" else "")
+    besides = f"what the schedule of {' and '.join(decided)} decides" if decided else ""
+    if images:
+        spent = f"about {clock(total)} for {images:,} images on {where}" + (f", and {besides}" if besides else "")
+    else:
+        spent = besides or "nothing is trained"
     return [
         *lines,
-        f"time     about {clock(total)} for {images:,} images on {where}",
+        f"time     {spent}",
         f"disk     about {disk / 1e6:,.1f} MB: a checkpoint per stage, and one in the making",
         f"memory   about {memory / 1e6:,.0f} MB for weights, gradients and one batch, besides the images"
         if memory

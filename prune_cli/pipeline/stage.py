@@ -32,6 +32,11 @@ def never(parameters: Parameters) -> int:
     return 0
 
 
+def no_candidates(parameters: Parameters) -> bool:
+    """For stages that try nothing out."""
+    return False
+
+
 def own_epochs(parameters: Parameters) -> int:
     """For stages that train as long as their parameter `epochs` says."""
     return int(parameters.get("epochs", 0))
@@ -46,6 +51,7 @@ class Stage:
             far as that is known then (its weights are those from before the first stage), and with those of the stage's
             parameters that it names. Returns the state for the checks of later stages where it changes.
         trains: epochs of training at most, from the stage's parameters: 0 for none, None where nobody knows beforehand.
+        tries: whether it also tries candidates out, which nobody can count beforehand.
         removes: takes weights away; the network that enters the first such stage is the dense one.
         reads_weights: chooses among the weights or channels of layers, which must be plain ones then.
         final: None, or why no stage may follow, as the end of a sentence that begins with the later stage;
@@ -55,6 +61,7 @@ class Stage:
 
     check: Callable[..., State | None] | None = None
     trains: Callable[[Parameters], int | None] = never
+    tries: Callable[[Parameters], bool] = no_candidates
     removes: bool = False
     reads_weights: bool = False
     final: str | None = None

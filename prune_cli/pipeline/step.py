@@ -43,6 +43,11 @@ class Step:
         return self.stage.trains(self.parameters)
 
     @property
+    def tries(self) -> bool:
+        """Whether it also tries candidates out, for longer than anybody knows beforehand."""
+        return self.stage.tries(self.parameters)
+
+    @property
     def training(self) -> Training | None:
         """How it trains, if it does."""
         return training_of(self.parameters)

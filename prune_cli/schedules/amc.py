@@ -18,7 +18,7 @@ from prune_cli.schedules.schedule import Requests, trains_at_most
 MEMORY = 100  # transitions that are kept, per group
 
 
-@trains_at_most(lambda epochs: epochs)
+@trains_at_most(lambda epochs: epochs, tries=True)
 def amc(
     problem: Problem,
     *,

@@ -14,7 +14,8 @@ from prune_cli.schedules.simulated_annealing import anneal
 
 
 @trains_at_most(
-    lambda rounds, iterations, epochs_per_iteration, epochs: rounds * iterations * epochs_per_iteration + epochs
+    lambda rounds, iterations, epochs_per_iteration, epochs: rounds * iterations * epochs_per_iteration + epochs,
+    tries=True,
 )
 def auto_compress(
     problem: Problem,

@@ -13,7 +13,7 @@ from prune_cli.schedules.requests import Evaluate, Kept, Train
 from prune_cli.schedules.schedule import Requests, trains_at_most
 
 
-@trains_at_most(lambda long_epochs: long_epochs)
+@trains_at_most(lambda long_epochs: long_epochs, tries=True)
 def netadapt(
     problem: Problem,
     *,

@@ -22,20 +22,22 @@ Requests = Generator[Request, Any, None]
 Schedule = Callable[[Problem], Requests]
 """A schedule with its parameters bound."""
 
-BOUND = "most_epochs"
+BOUND, TRIES = "most_epochs", "tries_candidates"
 
 Function = TypeVar("Function", bound=Callable[..., Requests])
 
 
-def trains_at_most(epochs: Callable[..., int]) -> Callable[[Function], Function]:
+def trains_at_most(epochs: Callable[..., int], *, tries: bool = False) -> Callable[[Function], Function]:
     """Declares how many epochs a schedule trains at most, short trainings of candidates not counted.
 
     Args:
         epochs: called with those of the schedule's parameters that it names.
+        tries: whether it also tries candidates out, which takes time that nobody knows beforehand.
     """
 
     def declare(schedule: Function) -> Function:
         setattr(schedule, BOUND, epochs)
+        setattr(schedule, TRIES, tries)
         return schedule
 
     return declare
@@ -43,7 +45,7 @@ def trains_at_most(epochs: Callable[..., int]) -> Callable[[Function], Function]
 
 def most_epochs(schedule: Schedule) -> int | None:
     """Epochs that a schedule trains at most; None where it does not say."""
-    function = schedule.func if isinstance(schedule, functools.partial) else schedule
+    function = _function(schedule)
     bound: Callable[..., int] | None = getattr(function, BOUND, None)
     if bound is None:
         return None
@@ -51,6 +53,15 @@ def most_epochs(schedule: Schedule) -> int | None:
     parameters = inspect.signature(function).bind_partial(**given)
     parameters.apply_defaults()
     return bound(**{name: parameters.arguments[name] for name in inspect.signature(bound).parameters})
+
+
+def tries(schedule: Schedule) -> bool:
+    """Whether a schedule tries candidates out, as far as it says."""
+    return bool(getattr(_function(schedule), TRIES, False))
+
+
+def _function(schedule: Schedule) -> Callable[..., Requests]:
+    return schedule.func if isinstance(schedule, functools.partial) else schedule
 
 
 def first_request(schedule: Schedule, problem: Problem) -> Request | None:

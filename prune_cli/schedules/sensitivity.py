@@ -10,9 +10,10 @@ from pydantic import Field
 from prune_cli.schedules.choices import countable, scaled
 from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Evaluate, Kept, Mask, Train
-from prune_cli.schedules.schedule import Requests
+from prune_cli.schedules.schedule import Requests, trains_at_most
 
 
+@trains_at_most(lambda rounds, epochs: rounds * epochs, tries=True)
 def sensitivity(
     problem: Problem,
     *,

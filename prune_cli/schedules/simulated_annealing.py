@@ -15,7 +15,7 @@ from prune_cli.schedules.requests import Evaluate, Mask, Request, Train
 from prune_cli.schedules.schedule import Requests, trains_at_most
 
 
-@trains_at_most(lambda epochs: epochs)
+@trains_at_most(lambda epochs: epochs, tries=True)
 def simulated_annealing(
     problem: Problem,
     *,

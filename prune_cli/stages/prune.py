@@ -13,7 +13,7 @@ from prune_cli.errors import ConfigError
 from prune_cli.pipeline.stage import Parameters, Stage
 from prune_cli.pipeline.state import State
 from prune_cli.schedules.requests import Evaluate, Mask, Request, Train
-from prune_cli.schedules.schedule import Schedule, first_request, most_epochs
+from prune_cli.schedules.schedule import Schedule, first_request, most_epochs, tries
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.session import teaching
@@ -62,7 +62,11 @@ def _epochs(parameters: Parameters) -> int | None:
     return most_epochs(parameters["schedule"])
 
 
-@Stage(check=check, trains=_epochs, removes=True, reads_weights=True)
+def _tries(parameters: Parameters) -> bool:
+    return tries(parameters["schedule"])
+
+
+@Stage(check=check, trains=_epochs, tries=_tries, removes=True, reads_weights=True)
 def prune(
     state: State,
     *,

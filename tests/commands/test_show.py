@@ -21,6 +21,23 @@ def test_a_summary_comes_first_and_alone(prune):
     assert "_target_" not in result.out
 
 
+@pytest.mark.parametrize(
+    ("stages", "line"),
+    [
+        ("[prune]", "time     what the schedule of prune decides"),
+        (
+            "[prune,finetune]",
+            r"time     about \d+:\d\d for [\d,]+ images on .*, and what the schedule of prune decides",
+        ),
+    ],
+)
+def test_a_time_that_the_schedule_decides_is_not_said_to_be_nothing(prune, stages, line):
+    budget = ["granularity=filter", "granularity.budget={macs: 0.5}"]
+    result = prune("show", "recipe=quickstart", "schedule=netadapt", f"stages={stages}", *budget, "--estimate")
+    assert result.code == 0, result.err
+    assert any(re.fullmatch(line, text) for text in result.out.splitlines()), result.out
+
+
 def test_the_whole_config_comes_where_it_is_asked_for(prune):
     shown = prune("show", "recipe=quickstart", "--estimate", "--config").out
     head, _, text = shown.partition("\n\n")
