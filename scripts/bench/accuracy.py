@@ -3,7 +3,8 @@
     python scripts/bench/accuracy.py resnet20 IMAGES --weights resnet20.th --budgets 0.5,0.333 --epochs 0,1 --seeds 0,1,2
     python scripts/bench/accuracy.py vgg16_narrow IMAGES --dense-epochs 20 --arms default,layer,peer_l2   # trains it first
 
-IMAGES holds train/CLASS/*.png and test/CLASS/*.png. An arm is a name of `ARMS`, or `NAME:OVERRIDES` with what `prune run`
+IMAGES holds train/CLASS/ and test/CLASS/ of images. Fine-tuning sees `--few` of the training images, a dense network that
+is trained here sees all. An arm is a name of `ARMS`, or `NAME:OVERRIDES` with what `prune run`
 takes (`mine:criterion=l2 granularity.scope=global`) or, behind `peer`, keywords of the peer (`theirs:peer p=1`). The arms
 `dense` and `random` are always there.
 
@@ -123,6 +124,12 @@ def split(folder: Path, held_out: int) -> Data:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     val, train = order[:held_out], order[held_out:]
     return Data((images[train], labels[train]), (images[val], labels[val]), load(folder / "test"))
+
+
+def few(data: Data, count: int | None) -> tuple[Tensor, Tensor]:
+    """The training images that fine-tuning sees; they were shuffled once."""
+    images, labels = data.train
+    return images[:count], labels[:count]
 
 
 def prepared(images: Tensor) -> Tensor:
@@ -336,7 +343,7 @@ def measure(
         start = time.monotonic()
         now = net if point == "pruned" else recalibrated(net, data.train[0], seed)
         if point.isdigit():
-            trained(now, *data.train, epochs=int(point), lr=args.lr, seed=seed, batch=args.batch)
+            trained(now, *few(data, args.few), epochs=int(point), lr=args.lr, seed=seed, batch=args.batch)
         val, test = accuracy(now, *data.val), accuracy(now, *data.test)
         append(args.out, Row(name, budget, arm, seed, point, macs, params, val, test, time.monotonic() - start))
 
@@ -378,6 +385,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--held-out", type=int, default=1000, help="training images to choose arms by")
+    parser.add_argument("--few", type=int, default=None, help="training images to fine-tune on; None = all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path("outputs/accuracy"), help="where trained networks are kept")
     parser.add_argument("--out", type=Path, default=Path("outputs/accuracy/accuracy.csv"))
