@@ -67,7 +67,6 @@ def auto_compress(
             yield Train(epochs_per_iteration, iterations * epochs_per_iteration, soft=True, penalty=True)
         yield Project(rho * rho_growth ** (iterations - 1), kept)
         yield Mask(kept=kept)
-        if problem.shrinks:
-            problem = yield Shrink()
+        problem = (yield Shrink()) if problem.shrinks else problem.masked(kept)
     if epochs:
         yield Train(epochs)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -227,6 +227,11 @@ class Problem:
                 raise ScheduleError("schedule: latency is predicted only with granularity.budget={latency_ms: ...}")
             return self.arithmetic.milliseconds(vector)
         return self.arithmetic.total(wanted, vector)
+
+    def masked(self, kept: Kept) -> Problem:
+        """What there is to choose from when the others of these groups are masked for good."""
+        groups = (replace(group, whole=kept.get(group.name, group.whole)) for group in self.groups)
+        return replace(self, groups=tuple(groups))
 
     def cheapen(self, kept: Kept, group: Group | str, allowed: float) -> dict[str, int] | None:
         """The choice with as few units less of one group alone as bring the cost down to `allowed`.

@@ -43,7 +43,7 @@ class Selection:
         masks: parameter name -> True = keep.
         units: all units that could go.
         removed: those that do.
-        requested: fraction of the units asked for; None where a budget or counts decide.
+        requested: fraction of the units that the granularity asks for; None where it has a budget.
         channels: output channels of the network that could go if every layer were asked for; 0 for other units.
         channels_removed: those that do.
         candidate: the channel plan and which of its units stay, where units are channels.
@@ -104,16 +104,24 @@ def select(
     context = Context(model, example_inputs, {}, asked, masked or {}, granularity.dependency, plan)
     groups = scored(granularity, criterion, context, statistics or {}, seed, fraction=part, kept=kept)
     if kept is not None:
-        return chosen(model, groups, keep_counts(ordered(groups, granularity.scope), kept), None)
+        return counted(granularity, model, groups, kept)
     how, power = granularity.normalization(criterion), criterion.nature.power or 1
     keeps = keep_units(groups, granularity, part, model, example_inputs, normalize=how, power=power, quiet=quiet)
     if granularity.scope == "global" and not quiet:
         _report_layers(groups, keeps, granularity.limits)
-    units = sum(keep.numel() for keep in keeps)
-    requested = None
-    if granularity.budget is None:
-        requested = float(sum(group.ratio * group.scores.numel() for group in groups) / max(units, 1))
-    return chosen(model, groups, keeps, requested)
+    return _chosen(granularity, model, groups, keeps)
+
+
+def counted(granularity: Granularity, model: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]) -> Selection:
+    """The selection that keeps the best so many units of each group; see `keep_counts`."""
+    return _chosen(granularity, model, groups, keep_counts(ordered(groups, granularity.scope), kept))
+
+
+def _requested(granularity: Granularity, groups: Sequence[Group]) -> float | None:
+    if granularity.budget is not None:
+        return None
+    sizes = [group.scores.numel() for group in groups]
+    return float(sum(group.ratio * size for group, size in zip(groups, sizes, strict=True)) / max(sum(sizes), 1))
 
 
 def scored(
@@ -168,18 +176,15 @@ def _drawn(group: Group, criterion: Criterion, seed: int) -> Group:
     return replace(group, scores=scores, votes=votes, comparable=True)
 
 
-def chosen(model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor], requested: float | None) -> Selection:
-    """The selection that keeps these units of each group.
-
-    Args:
-        requested: fraction of the units asked for.
-    """
+def _chosen(granularity: Granularity, model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor]) -> Selection:
+    """The selection that keeps these units of each group."""
     counts = [int(keep.sum()) for keep in keeps]
     units = sum(keep.numel() for keep in keeps)
     structure = groups[0].structure if groups else None
     candidate = (structure.plan, budgets.kept_in_plan(groups, keeps)) if structure else None
     kept = dict(zip(names_of(groups), counts, strict=True))
     masks = combined(model, groups, keeps)
+    requested = _requested(granularity, groups)
     return Selection(masks, units, units - sum(counts), requested, *_channels(candidate), candidate, kept)
 
 

@@ -17,7 +17,7 @@ from prune_cli.granularities.units import Group
 from prune_cli.measure.accuracy import accuracy
 from prune_cli.pipeline.state import State, derive_seed
 from prune_cli.schedules.requests import Evaluate, Kept
-from prune_cli.selection.select import Selection, chosen, keep_counts, ordered
+from prune_cli.selection.select import Selection, counted
 from prune_cli.session.learning import EVALUATION_BATCH
 from prune_cli.session.session import Session
 from prune_cli.structure.modes import evaluating
@@ -189,9 +189,7 @@ class _Trial:
         if session.criterion.reads("request") or self._groups is None:
             with _with_weights(session.model, self.weights):
                 self._groups = session.scored(self._statistics, kept)
-        return chosen(
-            session.model, self._groups, keep_counts(ordered(self._groups, session.granularity.scope), kept), None
-        )
+        return counted(session.granularity, session.model, self._groups, kept)
 
 
 class _Progress:

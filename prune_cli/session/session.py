@@ -209,6 +209,11 @@ class Session:
             selection.units, selection.removed, selection.channels, selection.channels_removed, selection.requested
         )
 
+    @property
+    def requested(self) -> float | None:
+        """What was asked of the network that came."""
+        return self.removed.requested if self.taken.requested is None else self.taken.requested
+
     def fix(self) -> None:
         """The whole masks hold from now on, with what they leave useless."""
         if self.masks:
@@ -354,6 +359,7 @@ class Session:
         self.taken = Removed(
             removed=self.taken.removed + self.removed.removed,
             channels_removed=self.taken.channels_removed + self.removed.channels_removed,
+            requested=self.requested,
         )
         self.masks, self.forms, self.splitting = {}, {}, self.splitting.ended()
         self.removed = Removed(
@@ -442,7 +448,7 @@ class Session:
         outcome = Outcome(
             epochs=len(progress.history) if progress else 0,
             select_on=self.training.fit.select_on if progress else None,
-            ratio_requested=now.requested,
+            ratio_requested=self.requested,
             ratio_prunable=removed / units if units else None,
             ratio_channels=gone / there if there else None,
             history=tuple(progress.history) if progress else (),

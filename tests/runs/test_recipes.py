@@ -118,18 +118,35 @@ def test_every_lr_schedule(short, name):
     assert result.code == 0, result.err
 
 
-def pruned(short, *arguments: str) -> None:
-    """A run of the small network removes what was asked."""
+def pruned(short, *arguments: str, exactly: bool = True) -> None:
+    """A run of the small network removes what was asked; where a schedule may take some of it back, no more."""
     result = short(*RESNET, *arguments)
     assert result.code == 0, result.err
     row = result.rows.loc["prune"]
-    assert row.ratio_prunable == pytest.approx(row.ratio_requested, abs=0.03)
+    low = row.ratio_requested if exactly else 0
+    assert low - 0.03 <= row.ratio_prunable <= row.ratio_requested + 0.03 and row.ratio_prunable > 0
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize(("schedule", "granularity"), [(s, g) for s, criterion, g in LEGAL if criterion == "l1"])
+def schedules() -> list:
+    """Each with the granularities that are legal for it; with filters, or the first, in every run of the tests."""
+    found: dict[str, list[str]] = {}
+    for schedule, criterion, granularity in LEGAL:
+        if criterion == "l1":
+            found.setdefault(schedule, []).append(granularity)
+    return [
+        pytest.param(
+            schedule,
+            name,
+            marks=pytest.mark.thorough if name == ("filter" if "filter" in names else names[0]) else pytest.mark.slow,
+        )
+        for schedule, names in found.items()
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize(("schedule", "granularity"), schedules())
 def test_every_schedule_with_every_granularity(short, schedule, granularity):
-    pruned(short, f"schedule={schedule}", f"granularity={granularity}")
+    pruned(short, f"schedule={schedule}", f"granularity={granularity}", exactly=schedule != "backward")
 
 
 @pytest.mark.thorough

@@ -199,6 +199,15 @@ def test_auto_compress_takes_equal_shares_and_projects_onto_what_annealing_found
     assert [one.kept for one in projections] == [masks[0].kept] * 3 + [masks[1].kept] * 3
 
 
+def test_auto_compress_that_only_masks_chooses_from_what_it_left():
+    made = play(functools.partial(auto_compress, rounds=2, candidates=20, iterations=1), TWO, accuracy)
+    first, second = (one.kept for one in made if isinstance(one, Mask))
+    assert all(second[name] <= first[name] for name in first)
+    before = next(number for number, one in enumerate(made) if isinstance(one, Mask))
+    later = [one for one in made[before:] if isinstance(one, Evaluate)]
+    assert later and all(kept[name] <= first[name] for one in later for kept in one.candidates for name in first)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_amc_meets_the_budget_in_every_episode(seed):
     problem = toy({"a": 16, "b": 8, "c": 32}, {"a": 5, "b": 2, "c": 1}, 0.4, seed=seed)
