@@ -108,6 +108,16 @@ def resolve(node: Any, path: str, annotation: Any = None, runtime: Sequence[str]
     return validate(node, path, annotation)
 
 
+@functools.lru_cache(maxsize=1024)
+def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
+    """What checks values of a type; None where the type brings a config of its own, which pydantic then goes by."""
+    try:
+        # A number that is not finite is no setting, unless the annotation says so by Field(allow_inf_nan=True).
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
+    except Exception:
+        return None
+
+
 def validate(value: Any, path: str, annotation: Any) -> Any:
     """Checks plain data against a type annotation and returns it converted (lists to tuples, str to Path).
 
@@ -115,11 +125,12 @@ def validate(value: Any, path: str, annotation: Any) -> Any:
         ConfigError: one line with the path, what was expected and what was found.
     """
     try:
-        # A number that is not finite is no setting, unless the annotation says so by Field(allow_inf_nan=True).
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
-    except Exception:  # pydantic refuses to hold a config for types that bring their own
+        adapter = _adapter(annotation)
+    except TypeError:  # not hashable, as a Field with a list in it
+        adapter = _adapter.__wrapped__(annotation)
+    if adapter is None:
         if _dataclass_in(annotation) and value is not None:  # a mapping would have been bound, key by key
-            raise _no_option(value, path) from None
+            raise _no_option(value, path)
         adapter = TypeAdapter(annotation)
     try:
         found = adapter.validate_python(value)
@@ -220,7 +231,8 @@ def _bind(
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+@functools.lru_cache(maxsize=1024)
+def _hints(function: Callable[..., Any]) -> Mapping[str, Any]:
     plain_class = isinstance(function, type) and not dataclasses.is_dataclass(function)
     owner = getattr(function, "__init__") if plain_class else function  # noqa: B009
     try:
