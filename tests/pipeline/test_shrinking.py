@@ -87,7 +87,7 @@ def test_units_that_cannot_be_taken_out_are_refused(prune):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("model", "epochs"), [("resnet18", 4), ("vgg11", 4)])
+@pytest.mark.parametrize(("model", "epochs"), [pytest.param("resnet18", 4, marks=pytest.mark.slow), ("vgg11", 4)])
 def test_from_scratch_in_the_widths_of_a_pruned_network(prune, model, epochs):
     first = prune("run", *FILTER, f"model={model}", "stages=[prune]", "prune.batch_size=4", "limit_batches=1")
     assert first.code == 0, first.err

@@ -33,7 +33,11 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "filter" else pytest.mark.thorough) for name in RUNS]
+    "name",
+    [
+        pytest.param(name, marks={"filter": (), "admm": pytest.mark.thorough}.get(name, pytest.mark.slow))
+        for name in RUNS
+    ],
 )
 def test_whole_runs_keep_their_tensors_together(prune, monkeypatch, name):
     with gpu(monkeypatch):

@@ -113,7 +113,9 @@ def ran(result) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", sorted(LARGE))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (not name.endswith("_filter"))) for name in sorted(LARGE)]
+)
 def test_a_large_recipe_is_built_and_checked(prune, name):
     """As a run does before it trains: data, network, every layer that is asked for, every stage."""
     result = prune("show", *shortened([f"recipe={name}"], whole=True))

@@ -104,7 +104,7 @@ def test_moments_that_never_come_are_refused_before_training(prune, tags, word):
     assert len(result.err.strip().splitlines()) == 1
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_snapshots_of_a_training_that_was_killed_are_those_of_one_that_was_not(prune, spawn, workplace):
     arguments = (
         *NET,

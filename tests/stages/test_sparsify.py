@@ -68,7 +68,7 @@ def thorough(value: int) -> object:
     ],
 )
 @pytest.mark.parametrize(
-    "stop_after", [thorough(5), 14, thorough(19)]
+    "stop_after", [thorough(5), 14, pytest.param(19, marks=pytest.mark.slow)]
 )  # before the choice, which falls into step 13, and after it
 def test_stopping_and_going_on_gives_the_same_bits(prune, monkeypatch, keys, stop_after):
     from prune_cli.training import fit as loop
