@@ -38,6 +38,12 @@ def distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with a copy for every further name of a tied one: where all names have to come back from a file."""
+    first = distinct(state)
+    return {name: tensor if name in first else tensor.detach().clone() for name, tensor in state.items()}
+
+
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     """The names of floating point tensors with a value that is infinite or no number."""
     return [

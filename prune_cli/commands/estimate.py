@@ -48,6 +48,9 @@ def estimate(built: Pipeline, sizes: Mapping[str, int], config: Mapping[str, Any
     decided = [s.name for s in built.steps if s.training is not None and (s.tries or s.epochs is None)]
     for number, step in enumerate(built.steps, 1):
         head = f"stage {number}  {step.name}: "
+        if step.stage.becomes is not None:
+            state = step.stage.becomes(state.evolve(stage=step.name), step.parameters)
+            state = state.evolve(model=state.architecture.build().to(state.device))
         if step.training is None or not step.epochs:
             lines.append(head + ("trains as long as its schedule decides" if step.name in decided else "no training"))
             continue

@@ -67,7 +67,7 @@ def _list(store: Store) -> None:
         CheckpointError: there are damaged ones.
     """
     from prune_cli.files.checkpoint import read_checkpoint
-    from prune_cli.pipeline.store import size
+    from prune_cli.pipeline.store import TABLE, size
 
     total, damaged = 0, []
     entries = store.entries()
@@ -84,7 +84,11 @@ def _list(store: Store) -> None:
             f"{held / 1e6:8.1f} MB\n"
         )
     unfinished = len(list(store.root.glob("*.partial"))) if store.root.is_dir() else 0
-    sys.stdout.write(f"{len(entries)} stages, {total / 1e6:.1f} MB in {store.root}; {unfinished} unfinished\n")
+    tables = list(store.root.glob(f"*{TABLE}")) if store.root.is_dir() else []
+    of_teachers = f"; {len(tables)} tables of logits, {sum(map(size, tables)) / 1e6:.1f} MB" if tables else ""
+    sys.stdout.write(
+        f"{len(entries)} stages, {total / 1e6:.1f} MB in {store.root}; {unfinished} unfinished{of_teachers}\n"
+    )
     if damaged:
         raise CheckpointError(f"{len(damaged)} of them damaged, to be computed again when needed: {damaged[0]}")
 

@@ -148,7 +148,7 @@ def plain(config: Any, overrides: list[str], choices: Mapping[str, str]) -> dict
                 continue
             group, package, name = match.groups()
             node = OmegaConf.select(config, package or group)
-            if node is None or name not in options(group):
+            if not OmegaConf.is_dict(node) or name not in options(group):
                 continue
             known = option_files.keys(f"{group}/{name}")
             for key in [str(key) for key in node]:

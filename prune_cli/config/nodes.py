@@ -36,6 +36,11 @@ class Flat:
     """
 
 
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Marks a parameter that gets a node as it is, to be built later: `network: Annotated[Mapping[str, Any], Whole()]`."""
+
+
 def locate(target: str, path: str) -> Callable[..., Any]:
     """Returns the function or class that a dotted name stands for.
 
@@ -85,6 +90,8 @@ def resolve(node: Any, path: str, annotation: Any = None, runtime: Sequence[str]
     Raises:
         ConfigError: an unknown, missing or ill-typed key, or a target that cannot be found.
     """
+    if any(isinstance(mark, Whole) for mark in getattr(annotation, "__metadata__", ())):
+        return validate(node, path, annotation)
     if isinstance(node, Mapping) and "_target_" in node:
         function = locate(str(node["_target_"]), path)
         return _bind(function, node, path, runtime, partial=bool(node.get("_partial_")) or bool(runtime))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prune_cli.data.augment import Augment, affine, draw_epoch, normalise, shift_and_flip
+from prune_cli.data.augment import Augment, Draws, affine, draw_epoch, in_view, normalise, shift_and_flip
 from prune_cli.data.dataset import SPLITS, Batch, Shard
 from prune_cli.data.splits import (
     Amount,
@@ -90,6 +90,11 @@ class Data:
         moved = {name: Split(s.images.to(device), s.labels.to(device)) for name, s in self.splits.items()}
         return replace(self, splits=moved)
 
+    @property
+    def views(self) -> ArrayViews:
+        """Every training image in every augmentation; see `dataset.Views`."""
+        return ArrayViews(self)
+
     def train(self, batch_size: int, seed: int, *, shard: Shard = (0, 1)) -> ArrayBatches:
         """Shuffled, augmented batches of the train split; see `dataset.Dataset.train`."""
         check_batch(batch_size, len(self.splits["train"]), shard)
@@ -134,12 +139,49 @@ class ArrayBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from step `start` on."""
         train, augment = self.data.splits["train"], self.data.augment
-        draws = draw_epoch(len(train), augment, self.seed, epoch).to(self.data.device)
         scale, shift = affine(self.data.mean, self.data.std, self.data.device)
-        for step in range(start, len(self)):
-            part = draws.part(*shard_bounds(step, self.batch_size, len(train), self.shard))
+        for part in self._draws(epoch, start):
             images = shift_and_flip(train.images.index_select(0, part.order), part, augment)
             yield normalise(images, scale, shift), train.labels.index_select(0, part.order)
+
+    def rows(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """Beside every batch, where its images stand among the dataset's views; see `dataset.Numbered`."""
+        total = len(self.data.splits["train"])
+        for part in self._draws(epoch, start):
+            yield part.views(self.data.augment) * total + part.order
+
+    def _draws(self, epoch: int, start: int) -> Iterator[Draws]:
+        """The draws of each batch from step `start` on."""
+        total = len(self.data.splits["train"])
+        draws = draw_epoch(total, self.data.augment, self.seed, epoch).to(self.data.device)
+        for step in range(start, len(self)):
+            yield draws.part(*shard_bounds(step, self.batch_size, total, self.shard))
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayViews:
+    """View after view of all training images; implements `dataset.Views`."""
+
+    data: Data
+
+    def __len__(self) -> int:
+        return self.data.augment.views * len(self.data.splits["train"])
+
+    @property
+    def fingerprint(self) -> str:
+        data = self.data
+        return hashlib.sha256(repr((data.fingerprint, data.augment, data.mean, data.std)).encode()).hexdigest()
+
+    def batches(self, batch_size: int, start: int = 0) -> Iterator[Tensor]:
+        """At most `batch_size` images at a time, all of one view."""
+        train, augment = self.data.splits["train"], self.data.augment
+        scale, shift = affine(self.data.mean, self.data.std, self.data.device)
+        while start < len(self):
+            view, first = divmod(start, len(train))
+            order = torch.arange(first, min(first + batch_size, len(train)), device=self.data.device)
+            draws = in_view(view, order, augment)
+            yield normalise(shift_and_flip(train.images.index_select(0, order), draws, augment), scale, shift)
+            start += len(order)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,11 @@ class Augment:
     flip: bool = False
     padding: Padding = "zeros"
 
+    @property
+    def views(self) -> int:
+        """In how many ways an image may be augmented: places of the crop, mirrored or not."""
+        return (2 * self.crop_padding + 1) ** 2 * (2 if self.flip else 1)
+
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raises ConfigError if images of `shape` (C, H, W) cannot be augmented like this."""
         if self.crop_padding < 0:
@@ -67,6 +72,19 @@ class Draws:
     def part(self, start: int, stop: int) -> Draws:
         """The draws of places `start` to `stop`."""
         return Draws(self.order[start:stop], self.top[start:stop], self.left[start:stop], self.mirrored[start:stop])
+
+    def views(self, augment: Augment) -> Tensor:
+        """int64 `(N,)` in [0, augment.views): the number of the view at each place; see `in_view`."""
+        place = self.top * (2 * augment.crop_padding + 1) + self.left
+        return place * 2 + self.mirrored if augment.flip else place
+
+
+def in_view(view: int, order: Tensor, augment: Augment) -> Draws:
+    """Draws that give every image the same view, which has this number in [0, augment.views)."""
+    place, mirrored = divmod(view, 2) if augment.flip else (view, 0)
+    top, left = divmod(place, 2 * augment.crop_padding + 1)
+    same = torch.ones_like(order)
+    return Draws(order, same * top, same * left, same * mirrored == 1)
 
 
 def draw_epoch(total: int, augment: Augment, seed: int, epoch: int) -> Draws:

@@ -8,13 +8,14 @@ in workers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, Tensor]
-Loss = Callable[[nn.Module, Any, Tensor], Tensor]
+Batch = tuple[Tensor, Any]
+"""Images and their labels; a loss may want more than labels, as long as it has their length."""
+Loss = Callable[[nn.Module, Any, Any], Tensor]
 """(model, images, labels) -> what a batch costs, a scalar: the mean over its images."""
 Shard = tuple[int, int]  # (rank, world): the share of every batch that one of several processes works on
 
@@ -39,6 +40,32 @@ class Batches(Protocol):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from step `start` on: bit for bit those of the full epoch."""
+        ...
+
+
+@runtime_checkable
+class Numbered(Batches, Protocol):
+    """Batches of a dataset that can list its `Views`."""
+
+    def rows(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """Beside every batch of `epoch`: int64 `(B,)`, the place of each of its images among the views."""
+        ...
+
+
+class Views(Protocol):
+    """The training images in every way in which they may be augmented, where these ways can be listed."""
+
+    def __len__(self) -> int:
+        """Training images times ways."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that decides the numbers in them."""
+        ...
+
+    def batches(self, batch_size: int, start: int = 0) -> Iterator[Tensor]:
+        """All of them in order from place `start` on, as training batches have them."""
         ...
 
 
@@ -93,6 +120,11 @@ class Dataset(Protocol):
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same dataset, with its batches on `device`."""
+        ...
+
+    @property
+    def views(self) -> Views | None:
+        """Every training image in every augmentation; None where these cannot be listed."""
         ...
 
     def train(self, batch_size: int, seed: int, *, shard: Shard = (0, 1)) -> Batches:

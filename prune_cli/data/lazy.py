@@ -92,6 +92,11 @@ class LazyData:
         """A copy whose batches are sent to `device`."""
         return replace(self, device=torch.device(device))
 
+    @property
+    def views(self) -> None:
+        """Crops of any size and shape cannot be listed."""
+        return None
+
     def train(self, batch_size: int, seed: int, *, shard: Shard = (0, 1)) -> LazyBatches:
         """Shuffled batches of random crops; see `dataset.Dataset.train`."""
         check_batch(batch_size, len(self.splits["train"]), shard)

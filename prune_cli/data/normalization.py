@@ -7,7 +7,7 @@ from typing import Literal
 
 from prune_cli.errors import ConfigError, nearest
 
-Normalize = Literal["cifar10", "cifar100", "imagenet", "digits", "half", "none"]
+Normalize = Literal["cifar10", "cifar100", "imagenet", "digits", "mnist", "fashion_mnist", "half", "none"]
 
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     # Over all pixels of the 50,000 training images.
@@ -17,6 +17,9 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     # Over all pixels of the 1,797 digits.
     "digits": ((0.3053,), (0.3760,)),
+    # Over all pixels of the 60,000 training images.
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
     "half": ((0.5,), (0.5,)),
     "none": ((0.0,), (1.0,)),
 }

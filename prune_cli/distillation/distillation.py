@@ -62,6 +62,9 @@ class Term:
         ce_weight: factor of the labels' cross entropy; only that of the distillation itself counts, not those of its
             further terms.
         features: see `Features`; none are taken by default.
+        cache: where the teacher's logits come from: `live`, it looks at every batch; `store`, from a table of its logits of
+            every training image in every augmentation, which is kept in the store; `auto`, from a table where it is small and
+            the stage looks at no fewer images. Features are always live.
     """
 
     loss: TermLoss | Weighted | None = None
@@ -69,6 +72,7 @@ class Term:
     weight: Weight = 1.0
     ce_weight: Weight = 1.0
     features: Features = ()
+    cache: Literal["auto", "live", "store"] = "auto"
 
     @property
     def function(self) -> TermLoss:

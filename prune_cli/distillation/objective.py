@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prune_cli.data.dataset import Batches, Numbered
 from prune_cli.distillation.distillation import Term, TermLoss
 from prune_cli.distillation.features import Taps, looked_at, outputs, pairs
+from prune_cli.distillation.lessons import Lesson, Lessons
 from prune_cli.errors import ConfigError, PruneError, first_line
 
 
@@ -26,12 +28,14 @@ class Taught:
         weight: factor of the term.
         teacher: frozen, in evaluation.
         names: student's module -> teacher's module, per feature.
+        table: the teacher's logits by the places of `dataset.Views`; None: it looks at every batch.
     """
 
     loss: TermLoss
     weight: float
     teacher: nn.Module
     names: Mapping[str, str]
+    table: Tensor | None = None
 
 
 class Objective(nn.Module):
@@ -53,9 +57,11 @@ class Objective(nn.Module):
         self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
         self.trained = nn.ModuleList(term.loss for term in self.terms if isinstance(term.loss, nn.Module))
         self._student = Taps(student, [name for term in self.terms for name in term.names])
-        names: dict[nn.Module, list[str]] = {term.teacher: [] for term in self.terms}
+        names: dict[nn.Module, list[str]] = {term.teacher: [] for term in self.terms if term.table is None}
         for term in self.terms:
-            names[term.teacher] += term.names.values()
+            if term.table is None:
+                names[term.teacher] += term.names.values()
+        self._tables = {term.teacher: term.table for term in self.terms if term.table is not None}
         self._teachers = tuple(Taps(teacher, taken) for teacher, taken in names.items())
         self._hooked = ExitStack()
 
@@ -69,15 +75,24 @@ class Objective(nn.Module):
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._hooked.close()
 
-    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    def batches(self, batches: Batches) -> Batches:
+        """Training batches with what this loss looks up beside them."""
+        if not self._tables:
+            return batches
+        assert isinstance(batches, Numbered), "a table is made of a dataset that lists its views"
+        return Lessons(batches, self._tables)
+
+    def forward(self, model: nn.Module, images: Tensor, given: Tensor | Lesson) -> Tensor:
         """The scalar to minimise.
 
         Args:
             model: the student, or a wrapper of it.
             images: (batch, channels, height, width).
-            labels: (batch,).
+            given: labels, (batch,), or what `batches` has in their place.
         """
-        taught: dict[nn.Module, tuple[Tensor, dict[str, Any]]] = {}
+        labels = given.labels if isinstance(given, Lesson) else given
+        said = given.logits if isinstance(given, Lesson) else {}
+        taught: dict[nn.Module, tuple[Tensor, dict[str, Any]]] = {teacher: (rows, {}) for teacher, rows in said.items()}
         with torch.no_grad():
             for taps in self._teachers:
                 taught[taps.model] = taps(taps.model, images)

@@ -121,8 +121,8 @@ def check_steps(steps: Sequence[Step], state: State) -> None:
     """
     _check_order(steps)
     for step in steps:
-        if step.stage.removes:
-            state = state.evolve(dense=state.slot.folder.parent)  # from here on there is a dense network to learn from
+        if step.stage.removes and state.dense is None:  # from here on there is a dense network to learn from
+            state = state.evolve(dense=state.slot.folder.parent, parent=state.architecture)
         state = check_stage(state.evolve(stage=step.name), step.stage, step.parameters)
 
 
@@ -134,6 +134,7 @@ def _step(
     name = stage if occurrence == 1 else f"{stage}_{occurrence}"
     here = {group: choices.get(f"{group}@{stage}.{group}", choices.get(group)) for group in CHOICES}
     used = {group: name if group in node else None for group, name in here.items()}
+    used["model"] = choices.get(f"model@{stage}.network")
     code = code_behind([node, *origin])
     return Step(
         name, run, content_key(_without_pace(node)), used, code, declaration(run.func, run.keywords), run.keywords

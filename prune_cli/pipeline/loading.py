@@ -17,7 +17,7 @@ from prune_cli.files import artifacts, builders, pruned
 from prune_cli.files.checkpoint import read_checkpoint, require_whole
 from prune_cli.files.weights import extent_of, load_weights
 from prune_cli.measure.storage import MaskFormat
-from prune_cli.pipeline.state import Architecture, State, derive_seed
+from prune_cli.pipeline.state import Architecture, State, Teacher, derive_seed
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.rebuild import rebuild
 from prune_cli.training.distributed import World
@@ -97,7 +97,7 @@ def _tags(folder: Path) -> list[str]:
 
 
 def _architecture(node: Mapping[str, Any], state: State, folder: Path | None = None) -> Architecture:
-    """The run's own architecture where the node is its, else the one that a cfg or a teacher has.
+    """One of the run's own architectures where the node is its, else the one that a cfg or a teacher has.
 
     Args:
         folder: what the node was read from; None where that was on another rank, which has looked at it.
@@ -105,8 +105,9 @@ def _architecture(node: Mapping[str, Any], state: State, folder: Path | None = N
     Raises:
         CheckpointError: the node names code outside this package, or a network that is too large for the folder's files.
     """
-    if node == state.architecture.node:
-        return state.architecture
+    for own in (state.architecture, state.parent):
+        if own is not None and node == own.node:
+            return own
     builders.require_ours(node, "the stage folder")
     found = build_architecture(node, state.data, state.architecture.name, state.seed)
     if folder is None:
@@ -140,21 +141,41 @@ def load_model(folder: Path, build: Callable[[], nn.Module]) -> nn.Module:
     return model.eval()
 
 
-def load_teacher(state: State, teacher: Literal["dense"] | Path) -> nn.Module:
-    """A frozen teacher in eval mode.
+def load_teacher(state: State, teacher: Literal["dense"] | Path) -> Teacher:
+    """A frozen teacher, which is read once, however often it is asked for.
 
     Raises:
         CheckpointError: the path is no stage folder, and does not hold weights of this run's dense architecture.
     """
-    folder = state.dense if teacher == "dense" else teacher
-    assert folder is not None, "checked by the stage before anything was trained"
+    path = state.dense if teacher == "dense" else teacher
+    assert path is not None, "checked by the stage before anything was trained"
+    world = state.world
+    key = world.broadcast(json.dumps([_stamps(path), state.architecture.node]) if world.main else None)
+    if world.any(key not in state.teachers):
+        state.teachers[key] = _read_teacher(state, path, ours=teacher == "dense")
+    return state.teachers[key]
+
+
+def _stamps(path: Path) -> list[Any]:
+    """What changes when somebody writes another teacher to the same place."""
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        found = [(file.name, file.stat()) for file in files if file.is_file()]
+    except OSError:  # reading it says why
+        found = []
+    return [str(path.resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in found)]
+
+
+def _read_teacher(state: State, path: Path, *, ours: bool) -> Teacher:
+    """Reads a teacher on rank 0, for all; `ours`: the store has just looked at its checksums."""
     world, node, model = state.world, None, None
     lineage: Lineage | None = None
-    if world.main and folder.is_dir():
-        node = dict((read_checkpoint if teacher == "dense" else require_whole)(folder).model)
-        model, lineage = load_model(folder, _architecture(node, state, folder).build), _lineage(folder)
+    if world.main and path.is_dir():
+        node = dict((read_checkpoint if ours else require_whole)(path).model)
+        model, lineage = load_model(path, _architecture(node, state, path).build), _lineage(path)
     elif world.main:
         node, model = dict(state.architecture.node), state.architecture.build()
-        load_weights(model, folder)
+        load_weights(model, path)
     architecture, lineage = _architecture(world.broadcast(node), state), _same_lineage(world, lineage)
-    return _shared(state, model, architecture, lineage).requires_grad_(False)
+    model = _shared(state, model, architecture, lineage).requires_grad_(False)
+    return Teacher(model, architecture.node, lineage)

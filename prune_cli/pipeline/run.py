@@ -44,7 +44,7 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
     table: list[Row] = []
     layers: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
-    steps = list(pipeline.steps)
+    labels, steps = dict(pipeline.labels), list(pipeline.steps)
     if pipeline.measured:
         as_it_is = Step(
             INITIAL, lambda state: state.evolve(outcome=Outcome()), "", dict.fromkeys(CHOICES), pipeline.code
@@ -57,7 +57,7 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
         if state.world.any(state.interrupted()):
             raise Interrupted(f"stopped before {step.name}; the same command goes on there")
         if step.stage.removes and state.dense is None:
-            state = state.evolve(dense=store.root / key)
+            state = state.evolve(dense=store.root / key, parent=state.architecture)
         key, meaning = key_of(key, step.name, step.content, step.code), key_of(meaning, step.name, step.content)
         state.console.stage(number, len(pipeline.steps))
         saved, state = _reuse_or_compute(step, state, key, meaning, store, latency)
@@ -70,7 +70,8 @@ def run(pipeline: Pipeline, store: Store, folder: Path, *, latency: bool) -> lis
         facts = _measured(saved)
         if latency and facts["latency_ms_b1"] is None:  # stored by a run that did not measure it
             facts |= results.latencies(state)
-        table.append(results.row(step.name, step.choices, facts, pipeline.labels, dense, key))
+        labels["model"] = step.choices.get("model") or labels["model"]
+        table.append(results.row(step.name, step.choices, facts, labels, dense, key))
         layers += [{"stage": step.name, **layer} for layer in facts["layers"]]
         history += [{"stage": step.name, **epoch} for epoch in facts["history"]]
         state.console.history(step.name, facts["history"])
@@ -101,11 +102,11 @@ def _reuse_or_compute(
     world, folder = state.world, store.root / key
     if world.broadcast(store.find(key) is not None if world.main else None):
         log.info("%s: taken from the store (%s)", step.name, key[:SHOWN])
-        return folder, restore(folder, state)
+        return folder, restore(folder, _expected(step, state))
     with store.lock(key, step.name) if world.main else nullcontext():
         if world.broadcast(store.find(key) is not None if world.main else None):
             log.info("%s: another process has finished it (%s)", step.name, key[:SHOWN])
-            return folder, restore(folder, state)
+            return folder, restore(folder, _expected(step, state))
         if world.main and (earlier := store.code_of(meaning)) and (modules := changed(earlier, step.code)):
             log.warning("%s: computed again, as %s changed since the stored result", step.name, ", ".join(modules))
         log.info("%s: starting (%s)", step.name, key[:SHOWN])
@@ -124,6 +125,11 @@ def _reuse_or_compute(
             log.info("%s: done, acc1 %.2f on the test split", step.name, facts["acc1"])
         # Go on from what was written, as a run that finds it in the store does: both then continue with the same bits.
         return folder, restore(folder, after)
+
+
+def _expected(step: Step, state: State) -> State:
+    """The state into which a step's result is read."""
+    return state if step.stage.becomes is None else step.stage.becomes(state, step.parameters)
 
 
 def _require_finite(state: State, stage: str, constants: Sequence[str]) -> None:

@@ -53,6 +53,7 @@ class Stage:
         trains: epochs of training at most, from the stage's parameters: 0 for none, None where nobody knows beforehand.
         tries: whether it also tries candidates out, which nobody can count beforehand.
         removes: takes weights away; the network that enters the first such stage is the dense one.
+        becomes: (state, parameters) -> the state after it but for the network's weights, where it makes another network.
         reads_weights: chooses among the weights or channels of layers, which must be plain ones then.
         final: None, or why no stage may follow, as the end of a sentence that begins with the later stage;
             `{stage}` stands for this one's name.
@@ -63,6 +64,7 @@ class Stage:
     trains: Callable[[Parameters], int | None] = never
     tries: Callable[[Parameters], bool] = no_candidates
     removes: bool = False
+    becomes: Callable[[State, Parameters], State] | None = None
     reads_weights: bool = False
     final: str | None = None
     granularities: tuple[type[Units], ...] = ()

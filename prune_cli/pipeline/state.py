@@ -36,6 +36,21 @@ class Architecture:
     name: str
 
 
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A frozen network to learn from, in evaluation.
+
+    Attributes:
+        model: on the run's device.
+        node: builder and arguments of its dense architecture.
+        lineage: what surgery did to that; None where nothing.
+    """
+
+    model: nn.Module
+    node: Mapping[str, Any]
+    lineage: Lineage | None = None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a stage reports besides the new state. None where it does not apply.
@@ -72,9 +87,12 @@ class State:
         forms: parameter name -> how its mask is stored; single weights where absent.
         lineage: what surgery did to the dense network since it was built; None before any.
         dense: stage folder of the network that entered the first pruning stage; the default teacher.
+        parent: how to build that one.
         remembered: tag -> file of a snapshot that a train stage kept.
         slot: where the running stage keeps its resumable checkpoint.
         interrupted: becomes True when the user asks to stop.
+        teachers: those that this process has read, by their files and times of change, so that each is read once; nothing
+            else changes by it.
         world: this process among those that run the pipeline together.
         sparse_norms: while a pipeline is checked, the `Outcome.sparse_norms` that the stages so far will have.
         shrunk_by: while a pipeline is checked, the stage that will have made the network smaller than the dense one.
@@ -92,8 +110,10 @@ class State:
     forms: Mapping[str, MaskFormat] = field(default_factory=dict)
     lineage: Lineage | None = None
     dense: Path | None = None
+    parent: Architecture | None = None
     remembered: Mapping[str, Path] = field(default_factory=dict)
     interrupted: Callable[[], bool] = lambda: False
+    teachers: dict[str, Teacher] = field(default_factory=dict)
     world: World = ALONE
     outcome: Outcome = Outcome()
     sparse_norms: str | None = None

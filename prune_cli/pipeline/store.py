@@ -2,6 +2,7 @@
 
     STORE/<key>/            a finished stage: weights, masks, checkpoint.json, manifest.json with checksums
     STORE/<key>.partial/    the newest resumable checkpoint of an unfinished stage
+    STORE/<key>.logits/     a table that saves time, see `tables`
     STORE/<key>.lock        held while a process computes the stage
     STORE/code/<...>.json   with which of our modules the newest result of a stage was computed, for messages alone
     STORE/runs/<...>.json   which run folders have referred to results, wherever they are
@@ -33,10 +34,12 @@ from prune_cli.files import artifacts
 from prune_cli.files.checkpoint import FORMAT, read_checkpoint, read_manifest, write_manifest
 from prune_cli.files.weights import read_state_dict, write_weights
 from prune_cli.reading import read_json
+from prune_cli.tensors import apart
 
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
+TABLE = ".logits"
 CODE = "code"
 RUNS = "runs"
 
@@ -70,7 +73,7 @@ class Slot:
         count = max((int(path.name) for path in self._checkpoints()), default=-1) + 1
         target = self.folder / str(count)
         with artifacts.new_folder(target) as folder:
-            write_weights(dict(tensors), folder / artifacts.WEIGHTS)
+            write_weights(apart(tensors), folder / artifacts.WEIGHTS)
             artifacts.write_json(folder / artifacts.NUMBERS, numbers)
             write_manifest(folder, {})
         for path in self._checkpoints():
@@ -234,7 +237,10 @@ class Store:
             needed = finished and not damage and (key in used or _is_linked(path))
             if needed or time.time() - path.lstat().st_mtime < young or self._is_held(key):
                 continue
-            why = damage or ("no run folder refers to it" if finished else "a leftover of a run that ended")
+            unneeded = (
+                "a table that can be computed again" if path.suffix == TABLE else "a leftover of a run that ended"
+            )
+            why = damage or ("no run folder refers to it" if finished else unneeded)
             found.append(Leftover(path, key, size(path), why))
         return found
 

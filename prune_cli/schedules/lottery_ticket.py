@@ -9,14 +9,14 @@ from pydantic import Field
 
 from prune_cli.errors import ScheduleError
 from prune_cli.schedules.problem import Problem
-from prune_cli.schedules.requests import Mask, Remember, Request, Restore, Train
+from prune_cli.schedules.requests import Mask, Project, Remember, Request, Restore, Train
 from prune_cli.schedules.schedule import Requests, trains_at_most
 
 PRETRAINED, FRESH = "pretrained", "fresh"
 TICKET = "ticket"
 
 
-@trains_at_most(lambda rounds, epochs, train_first: epochs * (rounds + train_first))
+@trains_at_most(lambda rounds, epochs, train_first, admm: epochs * (rounds + train_first) + rounds * admm)
 def lottery_ticket(
     problem: Problem,
     *,
@@ -27,6 +27,8 @@ def lottery_ticket(
     train_first: bool = True,
     output_rate: Annotated[float, Field(gt=0, le=1)] = 1.0,
     control: Literal["none", "random_ticket", "random_init"] = "none",
+    admm: Annotated[int, Field(ge=0)] = 0,
+    rho: Annotated[float, Field(gt=0)] = 1e-4,
 ) -> Requests:
     """Iterative pruning with rewinding: in each of n rounds p = 1 - (1 - P)^(1/n) of what is left goes.
 
@@ -45,6 +47,10 @@ def lottery_ticket(
         output_rate: factor on p in the last layer; 0.5 in the paper.
         control: `random_ticket` draws the last round's masks at random, as many in every layer; `random_init` trains the
             ticket from other initial weights.
+        admm: epochs in each round, before it chooses, in which weights are drawn towards their projections, which are
+            renewed after every one (W-steps of ADMM, arXiv:1804.03294): onto what the round leaves where every layer has a
+            ratio, else onto the whole target.
+        rho: weight of that penalty.
 
     Raises:
         ScheduleError: a moment that is not there, or one that comes after the end.
@@ -60,6 +66,7 @@ def lottery_ticket(
         yield Train(total=epochs)
     for number in range(1, rounds + 1):
         last = number == rounds
+        yield from _drawn(problem, number, rounds, admm, rho)
         chosen = yield _mask(problem, number, rounds, output_rate)
         if last and control == "random_ticket":
             yield Mask(kept=chosen["kept"] if problem.countable else None, random=True, monotone=False)
@@ -79,6 +86,18 @@ def left(problem: Problem, part: float) -> float:
     """
     remains = problem.remains
     return 1.0 if part == 1 or remains >= 1 else (1 - remains**part) / (1 - remains)
+
+
+def _drawn(problem: Problem, number: int, rounds: int, steps: int, rho: float) -> Requests:
+    """W-steps of ADMM, a training of their own."""
+    kept = None
+    if problem.quantity == "units" and problem.countable and problem.scope == "layer":
+        kept = problem.counts({group.name: (1 - group.ratio) ** (number / rounds) for group in problem.groups})
+    for _ in range(steps):
+        yield Project(rho, kept)
+        yield Train(1, steps, soft=True, penalty=True)
+    if steps:
+        yield Project(rho, kept)
 
 
 def _mask(problem: Problem, number: int, rounds: int, output_rate: float) -> Request:

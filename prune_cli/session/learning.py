@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prune_cli.data.dataset import Loss
+from prune_cli.distillation.objective import Objective
 from prune_cli.errors import Interrupted
 from prune_cli.masks import Masks
 from prune_cli.measure.accuracy import accuracy
@@ -56,6 +57,7 @@ def learn(
         TrainingError: the loss is not finite.
     """
     batches = state.data.train(training.batch_size, state.stage_seed if seed is None else seed, shard=state.world.shard)
+    batches = loss.batches(batches) if isinstance(loss, Objective) else batches
     split = training.fit.select_on if training.fit.select_on != "last" else "val"
     write = save or state.keep
 

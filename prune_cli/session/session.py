@@ -80,6 +80,7 @@ class Session:
     Args:
         state: as it came to the stage.
         training: how to train.
+        epochs: of all trainings at most; None where nobody knows.
     """
 
     def __init__(
@@ -91,9 +92,10 @@ class Session:
         calibration: Calibration,
         distillation: Distillation,
         training: Training,
+        epochs: int | None = None,
     ) -> None:
         self.state, self.criterion, self.granularity = state, criterion, granularity
-        self.calibration, self.distillation, self.training = calibration, distillation, training
+        self.calibration, self.distillation, self.training, self.epochs = calibration, distillation, training, epochs
         self.masks: dict[str, Tensor] = {}
         self.forms: dict[str, MaskFormat] = {}
         self.removed = Removed()
@@ -274,7 +276,7 @@ class Session:
     def loss(self) -> Loss:
         """The loss of the present network; made once, as a term may have parameters that are trained along."""
         if self._loss is None:
-            self._loss = teaching.objective(self.state, self.distillation, self.training.label_smoothing)
+            self._loss = teaching.objective(self.state, self.distillation, self.training, self.epochs)
             if self._waiting and isinstance(self._loss, nn.Module):
                 self._loss.load_state_dict(self._waiting)
         return self._loss

@@ -33,7 +33,7 @@ def finetune(
     """
     return learning.trained(
         state,
-        teaching.objective(state, distillation, training.label_smoothing),
+        teaching.objective(state, distillation, training, epochs),
         epochs=epochs,
         training=training,
     )

@@ -93,6 +93,7 @@ def prune(
         calibration=calibration,
         distillation=distillation,
         training=training,
+        epochs=most_epochs(schedule),
     )
     course = Course(schedule, session, again)
     while course.request is not None:

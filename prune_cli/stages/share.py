@@ -107,7 +107,7 @@ def share(
     empty = {name: torch.zeros((), dtype=torch.bool) for name in bits if name not in shared}
     progress = learning.learn(
         state,
-        teaching.objective(state, distillation, training.label_smoothing),
+        teaching.objective(state, distillation, training, epochs),
         epochs=epochs,
         training=training,
         masks=masks | empty,

@@ -98,7 +98,7 @@ def skeleton(
     method.attach(state.model, names)
     progress = learning.learn(
         state,
-        teaching.objective(state, distillation, training.label_smoothing),
+        teaching.objective(state, distillation, training, epochs),
         epochs=epochs,
         training=training,
         regularise=method.Shrinkage(state.model, names, alpha, threshold, constants, least),

@@ -55,7 +55,7 @@ def sr_ste(
     method.attach(state.model, patterns, decay)
     progress = learning.learn(
         state,
-        teaching.objective(state, distillation, training.label_smoothing),
+        teaching.objective(state, distillation, training, epochs),
         epochs=epochs,
         training=training,
         progress=learning.resumed(state, training.optimizer),

@@ -21,7 +21,7 @@ from prune_cli.data.dataset import Batches, Loss
 from prune_cli.errors import TrainingError
 from prune_cli.masks import Enforcer, Masks
 from prune_cli.training.distributed import ALONE, World, parallel
-from prune_cli.training.precision import has_bf16
+from prune_cli.training.precision import lowered
 
 Epochs = Annotated[int, Field(ge=0)]
 """Passes over the training split."""
@@ -336,7 +336,7 @@ class _Step:
         self.device = next(iter(model.parameters())).device
         self.own = trainable(progress.loss) if progress.loss is not None else []  # outside of what averages gradients
         self.parameters = trainable(model) + self.own
-        self.lowered = options.precision == "bf16!" or (options.precision == "bf16" and has_bf16(self.device))
+        self.lowered = lowered(options.precision, self.device)
 
     def __call__(self, images: Tensor, labels: Tensor, last: bool) -> bool:
         """Leaves the loss in `value`; returns whether the optimizer made a step."""

@@ -16,6 +16,11 @@ def has_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or cpu_has_bf16()
 
 
+def lowered(precision: str, device: torch.device) -> bool:
+    """Whether a precision of `fit.Options` means bfloat16 on a device."""
+    return precision == "bf16!" or (precision == "bf16" and has_bf16(device))
+
+
 def cpu_has_bf16() -> bool:
     """From the capabilities that the CPU reports: AVX-512 BF16 or AMX on x86, FEAT_BF16 on Arm."""
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():

@@ -209,3 +209,24 @@ def test_one_class_is_refused() -> None:
     split = Split(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 0]))
     with pytest.raises(DataError, match="at least two"):
         from_arrays("mine", split, split, classes=["a"], mean=(0.0,), std=(1.0,))
+
+
+@pytest.mark.parametrize("keys", [{"crop_padding": 0}, {"crop_padding": 1, "flip": True}, {"crop_padding": 2}])
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
+def test_rows_say_where_the_images_of_a_batch_stand_among_all_views(keys: dict, shard: tuple[int, int]) -> None:
+    data = fake((3, 6, 6), 3, train=21, test=4, val=3, **keys)
+    whole = torch.cat(list(data.views.batches(7)))
+    assert len(whole) == len(data.views) == 18 * data.augment.views
+    assert torch.equal(torch.cat(list(data.views.batches(7, 14))), whole[14:]), "cut between two batches"
+    batches = data.train(8, 5, shard=shard)
+    for (images, _), rows in zip(batches.epoch(3, 1), batches.rows(3, 1), strict=True):
+        assert torch.equal(whole[rows], images)
+
+
+def test_views_are_other_ones_where_a_pixel_would_be() -> None:
+    plain = fake((3, 6, 6), 3, train=20, test=4)
+    others = [
+        fake((3, 6, 6), 3, train=20, test=4, **keys) for keys in ({"seed": 1}, {"flip": True}, {"normalize": "none"})
+    ]
+    assert len({data.views.fingerprint for data in [plain, *others]}) == 4
+    assert plain.limit(1).views.fingerprint == plain.views.fingerprint

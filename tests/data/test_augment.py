@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_cli.data.augment import Augment, Padding, affine, draw_epoch, normalise, shift_and_flip
+from prune_cli.data.augment import Augment, Padding, affine, draw_epoch, in_view, normalise, shift_and_flip
 from prune_cli.errors import ConfigError
 
 
@@ -54,6 +54,20 @@ def test_draws_cover_every_shift_and_both_sides() -> None:
 def test_order_does_not_depend_on_the_augmentation() -> None:
     plain, augmented = draw_epoch(100, Augment(), 3, 7), draw_epoch(100, Augment(4, True), 3, 7)
     assert torch.equal(plain.order, augmented.order)
+
+
+@pytest.mark.parametrize("augment", [Augment(), Augment(flip=True), Augment(2), Augment(1, True, "reflect")])
+def test_every_draw_is_a_view_and_every_view_can_be_drawn(augment: Augment) -> None:
+    draws = draw_epoch(2000, augment, 0, 0)
+    numbers = draws.views(augment)
+    assert sorted(set(numbers.tolist())) == list(range(augment.views))
+    for view in range(augment.views):
+        same = in_view(view, torch.arange(3), augment)
+        assert same.views(augment).tolist() == [view] * 3
+    for place in range(50):
+        same = in_view(int(numbers[place]), torch.zeros(1, dtype=torch.int64), augment)
+        assert (same.top, same.left) == (draws.top[place], draws.left[place])
+        assert same.mirrored[0] == draws.mirrored[place]
 
 
 def test_normalise_follows_the_definition() -> None:

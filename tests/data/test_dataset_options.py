@@ -35,6 +35,8 @@ def test_all_sets_are_there() -> None:
         "imagenet",
         "image_folder",
         "fake",
+        "mnist",
+        "fashion_mnist",
     }
 
 

@@ -97,10 +97,20 @@ def test_a_finished_stage_comes_back_whole(prune, tmp_path, granularity):
 def test_a_teacher_is_frozen_and_may_be_weights_alone(tmp_path):
     state = begin(tmp_path)
     write_weights(state.model.state_dict(), tmp_path / "weights.safetensors")
-    teacher = load_teacher(state, tmp_path / "weights.safetensors")
+    teacher = load_teacher(state, tmp_path / "weights.safetensors").model
     assert teacher is not state.model and not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert state_sha256(teacher.state_dict()) == state_sha256(state.model.state_dict())
+
+
+def test_a_teacher_is_read_once_until_its_file_changes(tmp_path):
+    state = begin(tmp_path)
+    file = tmp_path / "weights.safetensors"
+    write_weights(state.model.state_dict(), file)
+    first = load_teacher(state, file)
+    assert load_teacher(state.evolve(stage="later"), file) is first
+    write_weights({name: value + 1 for name, value in state.model.state_dict().items()}, file)
+    assert state_sha256(load_teacher(state, file).model.state_dict()) != state_sha256(first.model.state_dict())
 
 
 def test_weights_of_another_network_and_folders_without_a_network_are_no_teacher(tmp_path):

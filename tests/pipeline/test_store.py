@@ -13,7 +13,7 @@ import torch
 
 from prune_cli.errors import StorageError
 from prune_cli.files.lines import Lines
-from prune_cli.pipeline.store import Store
+from prune_cli.pipeline.store import Slot, Store
 from tests.foreign import fetched, sign
 from tests.runs.test_cli import QUICK
 from tests.runs.test_faults import sums
@@ -38,6 +38,17 @@ def test_sweep_trains_each_dense_network_once(prune, workplace):
     (table,) = workplace.glob("outputs/multirun/*/results.csv")
     assert len(pandas.read_csv(table)) == 12
     assert "8 stages" in prune("store").out
+
+
+def test_a_checkpoint_gives_every_name_back_also_of_one_tensor(tmp_path):
+    """As the masks of a snapshot that was restored, regressors of a training that has ended, and tied weights."""
+    one = torch.arange(6.0).view(2, 3)
+    given = {"a": one, "b": one, "c": one.t(), "d": one[0], "e": torch.zeros(())}
+    slot = Slot(tmp_path / "slot")
+    slot.save(given, {"epoch": 1})
+    found, numbers = slot.load()
+    assert found.keys() == given.keys() and numbers == {"epoch": 1}
+    assert all(torch.equal(found[name], value) for name, value in given.items())
 
 
 def test_latency_is_measured_also_for_what_comes_from_the_store(prune):

@@ -18,7 +18,7 @@ RUNS = {
     ),
     "n_m": (
         "recipe=quickstart", *NET, "stages=[train,permute,prune,finetune]", "granularity=n_m", "granularity.ratio=0.5",
-        "finetune.fit.clip=1", "latency=false",
+        "finetune.fit.clip=1", "latency=false", "distillation=hinton", "distillation.cache=store",
     ),
     "sr_ste": (
         "recipe=quickstart", *NET, "stages=[sr_ste]", "granularity=n_m", "granularity.ratio=0.5", "sr_ste.epochs=1",

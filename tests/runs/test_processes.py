@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,12 +114,15 @@ def taught(world: World) -> dict[str, list]:
     }  # fmt: skip
     images = torch.zeros(2, 3, 8, 8).double()
     terms = [prepared(term, student, teacher, images, key=key, seed=5) for key, term in options.items()]
+    with torch.no_grad():  # of the same teacher, but one that runs for the other terms
+        table = torch.cat([teacher(part.double()) for part in data.views.batches(25)])
+    terms[0] = replace(terms[0], teacher=copy.deepcopy(teacher), table=table)
     objective = Objective(student, terms, 0.5, 0.1)
 
     class Doubled:
         def __init__(self) -> None:
             self.batches = data.train(15, 3, shard=world.shard)
-            self.size = self.batches.size
+            self.size, self.rows = self.batches.size, self.batches.rows
 
         def __len__(self) -> int:
             return len(self.batches)
@@ -126,7 +131,7 @@ def taught(world: World) -> dict[str, list]:
             return ((images.double(), labels) for images, labels in self.batches.epoch(epoch, start))
 
     progress = fit(
-        student, Doubled(), objective, optimizer=functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9), world=world,
+        student, objective.batches(Doubled()), objective, optimizer=functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9), world=world,
         lr_schedule=cosine, epochs=3, options=Options(clip=0.2, accumulate=2),
     )  # fmt: skip
     own = torch.cat([parameter.detach().flatten() for parameter in objective.parameters()])
@@ -207,13 +212,15 @@ def test_two_gloo_processes_learn_from_a_teacher_as_one_does(tmp_path):
 
 @pytest.mark.thorough
 def test_a_distilled_recipe_in_two_processes(tmp_path):
+    """Rank 0 makes the table of logits that both look up while they prune."""
     process = torchrun(
-        tmp_path, *RUN, "distillation=fitnet", "granularity=filter", "+distillation@distillation.terms.soft=hinton",
+        tmp_path, *RUN, "distillation=fitnet", "granularity=filter", "prune.distillation=hinton", "prune.distillation.cache=store",
         "limit_batches=3",
     )  # fmt: skip
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "finetune: done" in err
+    assert err.count("logits of the teacher: computing") == 1
 
 
 @pytest.mark.thorough

@@ -17,12 +17,27 @@ import pytest
 from prune_cli.config.compose import compose
 from prune_cli.config.locations import options
 from prune_cli.models import resnet, vgg
+from prune_cli.pipeline.build import resolve_steps
 from tests.runs.test_legality import GOLDEN, cells
 
 TINY = ("limit_batches=1", "dataset.fake=true", "latency=false", "device=cpu")
 LARGE = {name for name in options("recipe") if "imagenet" in name}
+HEAVY = {  # many trainings of a large network
+    "resnet18_cifar10_taylor",
+    "resnet50_cifar10_lt_fpgm_kd",
+    "resnet50_cifar10_backward_l1_kd",
+}
+VARIANTS = {  # of another recipe, which their defaults name
+    name
+    for name, path in options("recipe").items()
+    if set(re.findall(r"^  - (\w+)$", path.read_text(), re.M)) & set(options("recipe"))
+}
 DENSE = {"prune_cli.models.vgg.vgg": vgg.dense_cfg, "prune_cli.models.resnet.resnet": resnet.dense_cfg}
-WIDE = [name for name in options("recipe") if re.match("(vgg|resnet(18|34|50|101|152)_)", name) and name not in LARGE]
+WIDE = [
+    name
+    for name in options("recipe")
+    if re.match("(vgg|resnet(18|34|50|101|152)_)", name) and name not in LARGE | VARIANTS
+]
 RESNET = (
     "recipe=quickstart",
     "dataset=fake",
@@ -88,8 +103,9 @@ def short(prune, monkeypatch):
 
 
 def marked(name: str) -> object:
-    """Recipes on real images of the smallest kind run for every commit, those of ImageNet size only with all tests."""
-    marks = pytest.mark.slow if name in LARGE else () if "digits" in name else pytest.mark.thorough
+    """Recipes on real images of the smallest kind run for every commit, those of ImageNet size, heavy ones and variants of
+    others only with all tests."""
+    marks = pytest.mark.slow if name in LARGE | HEAVY | VARIANTS else () if "digits" in name else pytest.mark.thorough
     return pytest.param(name, marks=marks)
 
 
@@ -122,6 +138,13 @@ def test_a_large_recipe_is_built_and_checked(prune, name):
     assert result.code == 0, result.err
     assert "imagenet: 1000 classes" in result.out
     assert re.search(r"prune: .*\d+ layers, ", result.out)
+
+
+@pytest.mark.parametrize("name", sorted(HEAVY | VARIANTS))
+def test_keys_and_types_of_what_does_not_run_here_are_right(name):
+    composed = compose([f"recipe={name}"])
+    steps = resolve_steps(composed.config["stages"], composed.config, composed.choices)
+    assert any(step.stage.removes for step in steps) and any(step.epochs != 0 for step in steps)
 
 
 @pytest.mark.parametrize(("name", "path"), options("recipe").items())

@@ -11,7 +11,7 @@ import torch
 from prune_cli.errors import ScheduleError
 from prune_cli.granularities.element import Element
 from prune_cli.schedules.lottery_ticket import lottery_ticket
-from prune_cli.schedules.requests import Mask, Remember, Restore, Train
+from prune_cli.schedules.requests import Mask, Project, Remember, Restore, Train
 from prune_cli.schedules.schedule import first_request, most_epochs
 from prune_cli.selection.granularity import Granularity
 from prune_cli.session.remembering import read
@@ -40,6 +40,20 @@ def test_rounds_go_back_with_the_clock_and_train_to_the_end():
     masks = [one for one in made if isinstance(one, Mask)]
     assert made == [Train(total=4), masks[0], *back, masks[1], back[0], Remember("ticket", leave=True), back[1]]
     assert most_epochs(lottery(rounds=2)) == 12 and most_epochs(lottery(rounds=2, train_first=False)) == 8
+
+
+def test_admm_before_each_choice_draws_towards_what_the_round_leaves():
+    made = play(lottery(rounds=2, admm=2, rho=0.5), PROBLEM)
+    steps = [one for one in made if isinstance(one, Project)]
+    assert {one.rho for one in steps} == {0.5} and len(steps) == 2 * 3
+    assert [one.kept["a"] for one in steps] == [36] * 3 + [16] * 3  # of 80; a fifth is left: 80 sqrt(0.2), rounded up
+    drawn = [one for one in made if isinstance(one, Train) and one.penalty]
+    assert drawn == [Train(1, 2, soft=True, penalty=True)] * 4
+    for place in [place for place, one in enumerate(made) if isinstance(one, Mask)]:
+        assert isinstance(made[place - 1], Project)
+    assert most_epochs(lottery(rounds=2, admm=2)) == 12 + 4
+    whole = play(lottery(admm=1), toy({"a": 80}, {"a": 1}, 0.2, quantity="macs"))
+    assert {one.kept for one in whole if isinstance(one, Project)} == {None}
 
 
 @pytest.mark.parametrize(

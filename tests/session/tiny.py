@@ -31,6 +31,7 @@ from prune_cli.training.training import Training
 
 DATA = fake((3, 8, 8), 4, train=56, test=16, val=8)
 L2 = Criterion(weights.l2)
+NOTHING = Distillation()
 NEVER, ALWAYS = 1e9, 0.0
 SHORT = {
     "epochs": 4, "retrain_epoch": 3, "prune_freq": 2, "iterations": 2, "epochs_per_iteration": 1, "retrain_epochs": 1,
@@ -78,6 +79,7 @@ def run(
     criterion: Criterion = L2,
     *,
     seconds: float = NEVER,
+    distillation: Distillation = NOTHING,
 ) -> State:
     """The stage with a schedule; it writes checkpoints `NEVER` or `ALWAYS`."""
     return prune(
@@ -85,7 +87,7 @@ def run(
         criterion=criterion,
         granularity=granularity or Granularity(Filter(), 0.5),
         schedule=schedule,
-        distillation=Distillation(),
+        distillation=distillation,
         training=training(seconds),
         calibration=Calibration(16, 8),
     )
