@@ -305,7 +305,14 @@ def _statistics(
             "criterion: needs data; give batches=[(inputs, target), ...] and, if not cross entropy, loss="
         )
     return collect(
-        model, examples, criterion.needs, loss or _cross_entropy, example_inputs, at=criterion.at, names=names
+        model,
+        examples,
+        criterion.needs,
+        loss or _cross_entropy,
+        example_inputs,
+        at=criterion.at,
+        norms=criterion.norms,
+        names=names,
     )
 
 

@@ -18,6 +18,9 @@ from prune_cli.criteria.needs import Need, Source, find
 At = Literal["post_act", "pre_norm"]
 """Where outputs are measured: where the channel's norm and activation end, or at the layer itself."""
 
+Norms = Literal["running", "batch"]
+"""Whose mean and variance batch norms divide by while something is measured: their own, or those of the images."""
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -96,12 +99,15 @@ class Criterion:
         level: what one score stands for.
         needs: what `score` reads besides weight, bias and generator: names in `needs.NEEDS`, or entries of one's own.
         at: where outputs are measured, for the needs that are about outputs.
+        norms: what batch norms divide by meanwhile; `batch` is for networks before training, whose own statistics are of
+            nothing yet.
     """
 
     score: Score
     level: Literal["element", "channel"] = "element"
     needs: tuple[Need | str, ...] = ()
     at: At = "post_act"
+    norms: Norms = "running"
 
     def __post_init__(self) -> None:
         for need in self.needs:

@@ -44,6 +44,20 @@ def snip(view: LayerView) -> Tensor:
     return (view.statistics["gradient"] * view.weight).abs()
 
 
+def slope(view: LayerView) -> Tensor:
+    """|g| with g the gradient of the mean loss: what would move a weight that is zero (Evci et al., arXiv:1911.11134)."""
+    return view.statistics["gradient"].abs()
+
+
+def grasp(view: LayerView) -> Tensor:
+    """w * H g, g the gradient of the mean loss and H its Hessian (Wang et al., arXiv:2002.07376, eq. 8, negated).
+
+    To first order, twice it is how much the squared gradient norm falls when the weight goes: what keeps gradients flowing
+    ranks highest, and weights that hold them back, with negative scores, go first.
+    """
+    return view.weight * view.statistics["hessian_gradient"]
+
+
 def synflow(view: LayerView) -> Tensor:
     """Share of the network's synaptic flow that passes the weight (Tanaka et al., arXiv:2006.05467, eq. 3)."""
     return view.statistics["synaptic_flow"]

@@ -11,6 +11,7 @@ What `take` is given, and what it returns, depends on the source:
     inputs     an `InputSample` of every batch -> (sum, how many values it is of)
     gradient   a `GradientSample` of every batch -> (sum, how many values it is of)
     per_image  a `GradientSample` of every image by itself -> (sum, how many values it is of)
+    hessian    the same of every batch, with H g for its gradient: g of all images, the Hessian H of the batch
     flow       (model, example inputs, parameter names) -> the finished statistic by parameter name, without images
     training   (sum so far, weight, its gradient, learning rate) at every step of the stage; adds to the sum in place
     structure, request   nothing is measured: `LayerView.norm` and `LayerView.n_keep`
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from prune_cli.criteria.flow import synaptic_flow
 from prune_cli.errors import ConfigError, nearest
 
-Source = Literal["outputs", "inputs", "gradient", "per_image", "flow", "training", "structure", "request"]
+Source = Literal["outputs", "inputs", "gradient", "per_image", "hessian", "flow", "training", "structure", "request"]
 
 RANK_ELEMENTS = 1 << 22  # entries of feature maps whose ranks are computed at a time
 
@@ -93,6 +94,7 @@ class Need:
         take: what is measured; None where nothing is.
         finish: for what comes from images: makes the statistic of the sum.
         of_norm: whether it is about the norm behind the layer, so that one must be there.
+        temperature: what logits are divided by, for `hessian`.
         any_inputs: whether the loss alone touches the model's inputs, so that they may be anything, not just one tensor.
     """
 
@@ -103,11 +105,12 @@ class Need:
     finish: Finish = mean
     of_norm: bool = False
     any_inputs: bool = False
+    temperature: float = 1.0
 
     @property
     def from_images(self) -> bool:
         """Whether calibration images must be there."""
-        return self.source in ("outputs", "inputs", "gradient", "per_image")
+        return self.source in ("outputs", "inputs", "gradient", "per_image", "hessian")
 
     @property
     def is_statistic(self) -> bool:
@@ -295,6 +298,8 @@ NEEDS: Mapping[str, Need] = {need.name: need for need in (
     Need("taylor_gate", "gradient", "channel", _taylor_gate, plain_sum, of_norm=True),
     # mean over images, one at a time, of g ** 2
     Need("fisher", "per_image", "weight", _squared_gradient),
+    # H g of the mean loss over all images, by logits / 200, which are far from decided in every network
+    Need("hessian_gradient", "hessian", "weight", _gradient, temperature=200.0),
     # share of the network's synaptic flow that passes the weight
     Need("synaptic_flow", "flow", "weight", synaptic_flow),
     # sum over the steps of the stage's training of -lr * g * w

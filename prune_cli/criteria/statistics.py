@@ -7,25 +7,26 @@ several processes can each take a share of the batches and add their sums up; me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prune_cli.criteria import needs as table
 from prune_cli.criteria import sites as finding
-from prune_cli.criteria.criterion import At
+from prune_cli.criteria.criterion import At, Norms
 from prune_cli.criteria.needs import GradientSample, InputSample, Need, OutputSample, RunningSum
 from prune_cli.criteria.sites import LAYERS, Sites, TrackedOutput
 from prune_cli.data.dataset import Loss
-from prune_cli.errors import ConfigError
+from prune_cli.errors import ConfigError, first_line
 from prune_cli.progress import track
 from prune_cli.structure import prunable
-from prune_cli.structure.modes import composed_attention, evaluating
+from prune_cli.structure.modes import composed_attention, evaluating, norms_by_batch
 
 Statistics = dict[str, dict[str, Tensor]]
 """Parameter name -> need -> what was measured."""
@@ -55,20 +56,22 @@ def collect(
     example_inputs: Tensor,
     *,
     at: At = "post_act",
+    norms: Norms = "running",
     names: Sequence[str] | None = None,
     reduce: Callable[[Tensor], object] | None = None,
 ) -> Statistics:
     """Measures what `needs` name; see criterion.py for the list.
 
-    The network runs in eval mode, so that norms use their running statistics: with those of the batch, scaling a filter
-    in front of a norm would change nothing and (sum of g * w) would be 0 for every one. Parameters, their gradients,
-    buffers and modes are as before afterwards.
+    The network runs in eval mode, so that norms use their running statistics: with those of the batch (`norms`), scaling a
+    filter in front of a norm would change nothing and (sum of g * w) would be 0 for every one. Parameters, their
+    gradients, buffers and modes are as before afterwards.
 
     Args:
-        batches: (images, labels); not touched when nothing needs images.
+        batches: (images, labels), gone through as often as needed; not touched when nothing needs images.
         loss: whose gradients are taken; a mean over the batch.
         example_inputs: one image, for finding where outputs are measured.
         at: where outputs are measured.
+        norms: what batch norms divide by.
         names: weights of interest, by parameter name; all convolutions and linear layers by default.
         reduce: called on every sum and count, in the same order in every process, to add them up in place over
             processes that each saw a share of the images, at least one batch.
@@ -78,7 +81,7 @@ def collect(
         that is computed from other parameters; where the loss does not depend on a weight, its gradient is 0.
 
     Raises:
-        ConfigError: the network's operators differ from batch to batch.
+        ConfigError: the network's operators differ from batch to batch, or `norms` need more images in one.
     """
     names = list(names) if names is not None else list(prunable.targets(model))
     entries = [table.find(need) for need in needs]
@@ -92,7 +95,13 @@ def collect(
     if not measured:
         return found
     sums = {(name, need): RunningSum() for name in names for need in measured}
-    _add_batches(model, batches, loss, example_inputs, at, sums)
+    with evaluating(model), composed_attention():
+        places = Sites()
+        if any(need.source in ("outputs", "inputs") or need.of_norm for need in measured):
+            places = finding.find(model, example_inputs)
+        with _norms_by_batch(model) if norms == "batch" else nullcontext():
+            _add_batches(model, batches, loss, places, at, sums)
+            _add_curvature(model, batches, loss, sums, reduce)
     for (name, need), total in sums.items():
         if reduce is not None and total.sum is not None and total.count is not None:
             reduce(total.sum)
@@ -106,7 +115,7 @@ def _add_batches(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     loss: Loss,
-    example_inputs: Tensor,
+    places: Sites,
     at: At,
     sums: Sums,
 ) -> None:
@@ -115,18 +124,66 @@ def _add_batches(
         {place: total for place, total in sums.items() if place[1].source in sources}
         for sources in (("outputs", "inputs"), ("gradient",), ("per_image",))
     )
-    with evaluating(model), composed_attention():
-        places = Sites()
-        if watched or any(need.of_norm for _, need in sums):
-            places = finding.find(model, example_inputs)
+    if not (watched or sloped or single):
+        return
+    for images, labels in track(batches, "measuring for the criterion"):
+        if watched:
+            _watch(model, images, places, at, watched)
+        if sloped:
+            _slopes(model, (images, labels), loss, places, sloped)
+        if single:
+            for one in zip(images.split(1), labels.split(1), strict=True):
+                _slopes(model, one, loss, places, single)
+
+
+def _add_curvature(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Loss,
+    sums: Sums,
+    reduce: Callable[[Tensor], object] | None,
+) -> None:
+    """Adds what needs of H g say of every batch: once through the images for g, and once more for its products with H."""
+    for need in dict.fromkeys(need for _, need in sums if need.source == "hessian"):
+        names = [name for name, other in sums if other == need]
+        cooled = _cooled(loss, need.temperature)
+        slope = {name: RunningSum() for name in names}
         for images, labels in track(batches, "measuring for the criterion"):
-            if watched:
-                _watch(model, images, places, at, watched)
-            if sloped:
-                _slopes(model, (images, labels), loss, places, sloped)
-            if single:
-                for one in zip(images.split(1), labels.split(1), strict=True):
-                    _slopes(model, one, loss, places, single)
+            for name, gradient in _gradients(model, cooled, images, labels, names).items():
+                slope[name].add(gradient * len(images), len(images))
+        for total in slope.values():
+            if reduce is not None:
+                assert total.sum is not None and total.count is not None
+                reduce(total.sum)
+                reduce(total.count)
+        along = {name: total.mean() for name, total in slope.items()}
+        for images, labels in track(batches, "measuring for the criterion"):
+            for name, product in _hessian_products(model, cooled, images, labels, along).items():
+                weight, axis = model.get_parameter(name).detach(), prunable.target(model, name).axis
+                sample = GradientSample(weight, product, weight.new_zeros(weight.shape[axis]), axis, len(images))
+                assert need.take is not None
+                sums[name, need].add(*need.take(sample))
+
+
+def _cooled(loss: Loss, temperature: float) -> Loss:
+    """The loss of logits divided by a temperature."""
+
+    def divide(module: nn.Module, inputs: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ConfigError(
+                f"criterion: divides logits by {temperature:g}, but the network returns a {type(output).__name__}, not a "
+                "tensor; choose another criterion"
+            )
+        return output / temperature
+
+    def cooled(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        handle = model.register_forward_hook(divide)
+        try:
+            return loss(model, images, labels)
+        finally:
+            handle.remove()
+
+    return cooled
 
 
 def _watch(model: nn.Module, images: Tensor, places: Sites, at: At, sums: Sums) -> None:
@@ -187,6 +244,40 @@ def _gradients(model: nn.Module, loss: Loss, images: Tensor, labels: Tensor, nam
         name: torch.zeros_like(parameter, dtype=dtype) if gradient is None else gradient.to(dtype)
         for name, parameter, gradient, dtype in zip(names, parameters, found, precise, strict=True)
     }
+
+
+def _hessian_products(
+    model: nn.Module, loss: Loss, images: Tensor, labels: Tensor, along: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The Hessian of the batch's mean loss times a direction, by differentiating (gradient . direction)."""
+    parameters = [model.get_parameter(name) for name in along]
+    # Fused attention has no second derivative.
+    with _differentiable(parameters), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        value = loss(model, images, labels)
+        slopes = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
+        pairs = [(slope, way) for slope, way in zip(slopes, along.values(), strict=True) if slope is not None]
+        turning = torch.stack([(slope * way).sum() for slope, way in pairs]).sum() if pairs else value * 0
+        found = torch.autograd.grad(turning, parameters, allow_unused=True)
+    return {
+        name: torch.zeros_like(way) if product is None else product.to(way.dtype)
+        for (name, way), product in zip(along.items(), found, strict=True)
+    }
+
+
+@contextmanager
+def _norms_by_batch(model: nn.Module) -> Iterator[None]:
+    """As `norms_by_batch`.
+
+    Raises:
+        ConfigError: a norm would see one value per channel.
+    """
+    try:
+        with norms_by_batch(model):
+            yield
+    except ValueError as error:
+        if "per channel" not in str(error):
+            raise
+        raise ConfigError(f"criterion: {first_line(error)}; choose another calibration.batch_size") from error
 
 
 @contextmanager

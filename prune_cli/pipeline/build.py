@@ -124,6 +124,8 @@ def check_steps(steps: Sequence[Step], state: State) -> None:
         if step.stage.removes and state.dense is None:  # from here on there is a dense network to learn from
             state = state.evolve(dense=state.slot.folder.parent, parent=state.architecture)
         state = check_stage(state.evolve(stage=step.name), step.stage, step.parameters)
+        if step.stage.trains(step.parameters) != 0:
+            state = state.evolve(trained_by=step.name)
 
 
 def _step(

@@ -96,6 +96,7 @@ class State:
         world: this process among those that run the pipeline together.
         sparse_norms: while a pipeline is checked, the `Outcome.sparse_norms` that the stages so far will have.
         shrunk_by: while a pipeline is checked, the stage that will have made the network smaller than the dense one.
+        trained_by: while a pipeline is checked, the last stage that will have trained the network.
     """
 
     model: nn.Module
@@ -118,6 +119,7 @@ class State:
     outcome: Outcome = Outcome()
     sparse_norms: str | None = None
     shrunk_by: str | None = None
+    trained_by: str | None = None
 
     def evolve(self, **changes: Any) -> State:
         """A copy with some fields changed."""

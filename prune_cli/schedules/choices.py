@@ -27,6 +27,16 @@ def countable(problem: Problem, name: str) -> None:
         )
 
 
+def removed_by(problem: Problem, part: float) -> float:
+    """The fraction of what is to be removed that is removed after `part` of the rounds: 1 - K^part over 1 - K.
+
+    K is what may remain of the target's quantity. Where every layer has the same ratio, each round takes the same share
+    of what is left in each layer.
+    """
+    remains = problem.remains
+    return 1.0 if part == 1 or remains >= 1 else (1 - remains**part) / (1 - remains)
+
+
 def scaled(
     problem: Problem, goal: Fractions, *, begin: Fractions | None = None, allowed: float | None = None
 ) -> dict[str, int]:

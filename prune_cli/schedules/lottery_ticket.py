@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from prune_cli.errors import ScheduleError
+from prune_cli.schedules.choices import removed_by
 from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Mask, Project, Remember, Request, Restore, Train
 from prune_cli.schedules.schedule import Requests, trains_at_most
@@ -78,16 +79,6 @@ def lottery_ticket(
         yield Train(total=epochs)
 
 
-def left(problem: Problem, part: float) -> float:
-    """The fraction of what is to be removed that is removed after `part` of the rounds: 1 - K^part over 1 - K.
-
-    K is what may remain of the target's quantity. Where every layer has the same ratio, each round takes the same share
-    of what is left in each layer.
-    """
-    remains = problem.remains
-    return 1.0 if part == 1 or remains >= 1 else (1 - remains**part) / (1 - remains)
-
-
 def _drawn(problem: Problem, number: int, rounds: int, steps: int, rho: float) -> Requests:
     """W-steps of ADMM, a training of their own."""
     kept = None
@@ -102,7 +93,7 @@ def _drawn(problem: Problem, number: int, rounds: int, steps: int, rho: float) -
 
 def _mask(problem: Problem, number: int, rounds: int, output_rate: float) -> Request:
     if output_rate == 1:
-        return Mask(left(problem, number / rounds))
+        return Mask(removed_by(problem, number / rounds))
     output = max(problem.groups, key=lambda group: group.depth)
     fractions = {}
     for group in problem.groups:

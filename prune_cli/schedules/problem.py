@@ -166,6 +166,9 @@ class Problem:
         seed: of the stage.
         steps: optimizer steps of an epoch.
         scope: whether units compete inside each group, `layer`, inside each row of one, `row`, or all together, `global`.
+        regrows: whether single units can grow from zero: not channels, whose weights get no gradient while all that reads
+            them is masked.
+        learns: whether the criterion's scores are summed up in training.
     """
 
     groups: tuple[Group, ...]
@@ -178,6 +181,8 @@ class Problem:
     seed: int
     steps: int
     scope: Literal["layer", "row", "global"]
+    regrows: bool = True
+    learns: bool = False
 
     @property
     def remains(self) -> float:

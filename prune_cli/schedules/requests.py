@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 Kept = Mapping[str, int]
 """Name of a group -> how many of its units stay. Groups that are absent keep all that they have."""
@@ -31,6 +32,11 @@ class Mask:
         random: choose at random instead of by the criterion, as for a control.
         soft: what is masked may grow back in soft training: of filters only the rows that produce them are zeroed. The
             whole mask holds as soon as training is not soft, and at the end.
+        hides: what is masked keeps its values behind the mask, is zero in training, and has them again when a later mask
+            brings it back. Of filters only the rows that produce them are masked, so that gradients reach them.
+        rescale: what stays of every output row is multiplied by sqrt(weights / weights that stay), so that what it sums up
+            is as large as before, of weights that are drawn independently.
+        threshold: only units that score below it go, at most as many as `fraction` says; None = as many as it says.
     """
 
     fraction: float = 1.0
@@ -38,6 +44,9 @@ class Mask:
     monotone: bool = True
     soft: bool = False
     random: bool = False
+    hides: bool = False
+    rescale: bool = False
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,14 +62,40 @@ class Train:
         total: epochs of the training that these are a part of, to which the learning-rate schedule refers: parts of one
             training give the same number. None: a training of its own, with fresh moments.
         soft: what is masked may grow again; else it is held at zero.
+        final: what is masked will not come back: what it leaves useless, as the norm behind a filter of which nothing is
+            left, is held at zero too.
         penalty: add rho / 2 * ||W - Z + U||^2 of the last `Project`.
+        fresh: moments start afresh, at the same place of the training.
+        shrinkage: lambda of the penalty lambda * sum of sigmoid(S) on scores S that are learned in training.
     """
 
     epochs: int | None = None
     total: int | None = None
     steps: int | None = None
     soft: bool = False
+    final: bool = True
     penalty: bool = False
+    fresh: bool = False
+    shrinkage: float = 0.0
+
+
+@dataclass(frozen=True)
+class Regrow:
+    """Move units inside their groups: some that stay are dropped, and as many that are masked grow; from zero, with
+    fresh moments.
+
+    What is dropped ranks lowest by the criterion. What grows ranks highest among all that is masked then; a unit that was
+    dropped a moment ago may be among it, and stays as it is. What an earlier stage masked never grows.
+
+    Answer: `{name of the group: how many units moved}`.
+
+    Attributes:
+        fraction: of the units that stay in each group, in [0, 1]; rounded down, at most as many as there are to grow.
+        grow_by: `gradient`, the size of the loss's gradient on the images that training comes to next; or `random`.
+    """
+
+    fraction: float
+    grow_by: Literal["gradient", "random"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +177,7 @@ class Project:
     kept: Kept | None = None
 
 
-Request = Mask | Train | Evaluate | Remember | Restore | Shrink | Project
+Request = Mask | Train | Regrow | Evaluate | Remember | Restore | Shrink | Project
 
 
 def fingerprint(request: Request) -> str:

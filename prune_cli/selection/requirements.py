@@ -44,7 +44,7 @@ def check(
     if criterion.reads("training") and not trained:
         raise ConfigError(
             "criterion: needs training before the first scores, as it sums up how weights move meanwhile; choose "
-            "schedule=iterative with schedule.start of at least 1 in a prune stage, or another criterion"
+            "schedule=movement, schedule=iterative with schedule.start of at least 1, or another criterion"
         )
     if needs_images(criterion) and not data.sizes.get("train", 0):
         raise ConfigError(

@@ -109,12 +109,12 @@ def select(
     keeps = keep_units(groups, granularity, part, model, example_inputs, normalize=how, power=power, quiet=quiet)
     if granularity.scope == "global" and not quiet:
         _report_layers(groups, keeps, granularity.limits)
-    return _chosen(granularity, model, groups, keeps)
+    return chosen(granularity, model, groups, keeps)
 
 
 def counted(granularity: Granularity, model: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]) -> Selection:
     """The selection that keeps the best so many units of each group; see `keep_counts`."""
-    return _chosen(granularity, model, groups, keep_counts(ordered(groups, granularity.scope), kept))
+    return chosen(granularity, model, groups, keep_counts(ordered(groups, granularity.scope), kept))
 
 
 def _requested(granularity: Granularity, groups: Sequence[Group]) -> float | None:
@@ -176,7 +176,7 @@ def _drawn(group: Group, criterion: Criterion, seed: int) -> Group:
     return replace(group, scores=scores, votes=votes, comparable=True)
 
 
-def _chosen(granularity: Granularity, model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor]) -> Selection:
+def chosen(granularity: Granularity, model: nn.Module, groups: Sequence[Group], keeps: Sequence[Tensor]) -> Selection:
     """The selection that keeps these units of each group."""
     counts = [int(keep.sum()) for keep in keeps]
     units = sum(keep.numel() for keep in keeps)

@@ -13,17 +13,29 @@ from torch import Tensor
 from prune_cli import masks as masking
 from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
+from prune_cli.criteria.statistics import Statistics
 from prune_cli.errors import ScheduleError
 from prune_cli.files.fitting import fit_weights
 from prune_cli.granularities.units import Constraint
-from prune_cli.pipeline.state import derive_seed
 from prune_cli.schedules.problem import Problem
-from prune_cli.schedules.requests import Evaluate, Kept, Mask, Project, Remember, Request, Restore, Shrink, Train
+from prune_cli.schedules.requests import (
+    Evaluate,
+    Kept,
+    Mask,
+    Project,
+    Regrow,
+    Remember,
+    Request,
+    Restore,
+    Shrink,
+    Train,
+)
 from prune_cli.selection.select import Selection
-from prune_cli.session import candidates
+from prune_cli.session import candidates, regrowing
 from prune_cli.session.course import Turn
 from prune_cli.session.remembering import snapshot
-from prune_cli.session.session import Removed, Session
+from prune_cli.session.session import Session
+from prune_cli.session.standing import Removed
 from prune_cli.training import admm
 from prune_cli.training.fit import Progress
 
@@ -51,18 +63,40 @@ def again(request: Request, session: Session, turn: Turn, answer: Any) -> None:
 
 @perform.register
 def _(request: Mask, session: Session, turn: Turn) -> dict[str, Any]:
+    session.reveal()
     held, before = session.held(monotone=request.monotone), session.removed.removed
     granularity = session.whole if session.splitting.sets else session.granularity
     criterion = AT_RANDOM if request.random else session.criterion
     statistics = session.statistics(criterion)
-    selection = session.select(granularity, criterion, statistics, held, fraction=request.fraction, kept=request.kept)
+    kept = request.kept
+    if request.threshold is not None:
+        kept = _above(request.threshold, request.fraction, session, statistics, held)
+    quiet = request.hides or (kept is None and request.fraction < 1)  # what limits changed is said once, of everything
+    selection = session.select(
+        granularity, criterion, statistics, held, fraction=request.fraction, kept=kept, quiet=quiet
+    )
     if request.monotone and 0 < selection.removed <= before:
         log.warning("%s: this step removes nothing that was not removed before", session.state.stage)
     session.keep(selection, held)
     session.splitting = session.splitting.ended()
+    if request.hides:
+        session.hide(masking.joined(held, selection.growing(session.model)))
     masking.apply(session.model, selection.growing(session.model) if request.soft else session.masks)
-    log.info("%s: removed %d of %d units", session.state.stage, selection.removed, selection.units)
+    if request.rescale:
+        regrowing.rescale(session.model, {name: session.masks[name] for name in session.asked if name in session.masks})
+    level = logging.DEBUG if request.hides else logging.INFO  # every few steps, or now and then
+    log.log(level, "%s: removed %d of %d units", session.state.stage, selection.removed, selection.units)
     return _realised(selection, session)
+
+
+def _above(
+    threshold: float, fraction: float, session: Session, statistics: Statistics, held: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """Units of each group that score no less than the threshold, or what the fraction leaves where that is more."""
+    least = session.select(session.granularity, session.criterion, statistics, held, fraction=fraction, quiet=True).kept
+    groups = session.scored(statistics, held=held)
+    above = {name: int((group.scores >= threshold).sum()) for name, group in zip(least, groups, strict=True)}
+    return {name: max(count, above[name]) for name, count in least.items()}
 
 
 def _realised(selection: Selection, session: Session) -> dict[str, Any]:
@@ -86,7 +120,7 @@ def _(request: Train, session: Session, turn: Turn) -> dict[str, Any]:
     if clock.until is None:  # else it is under way
         _begin(request, session)
     assert clock.progress is not None and clock.total is not None and clock.until is not None
-    if not request.soft:
+    if request.final and not request.soft:
         session.fix()
     clock.progress = session.train(
         clock.progress,
@@ -94,8 +128,9 @@ def _(request: Train, session: Session, turn: Turn) -> dict[str, Any]:
         until=clock.until,
         masks=session.state.masks if request.soft else session.held(),
         penalty=request.penalty,
+        shrinkage=request.shrinkage,
         save=turn.save,
-        seed=None if clock.begun == 1 else derive_seed(session.state.stage_seed, "training", clock.begun),
+        seed=session.seed(),
     )
     clock.until = None
     row: Mapping[str, Any] = clock.progress.history[-1] if clock.progress.history else {}
@@ -112,6 +147,8 @@ def _begin(request: Train, session: Session) -> None:
     if now is None or not goes_on:
         now = Progress(history=now.history, memory=now.memory) if now else Progress()
         clock.begun += 1
+    elif request.fresh:
+        now = replace(now, optimizer=None, loss=None)
     until = _end(request, now, total, session)
     if until > (total, 0):
         asked = f"{request.steps} steps" if request.steps is not None else f"{request.epochs} epochs"
@@ -126,6 +163,11 @@ def _end(request: Train, now: Progress, total: int, session: Session) -> tuple[i
     each = session.training.fit.accumulate
     epoch, step = divmod(now.epoch * session.steps() + -(-now.step // each) + request.steps, session.steps())
     return epoch, step * each
+
+
+@perform.register
+def _(request: Regrow, session: Session, turn: Turn) -> dict[str, int]:
+    return regrowing.regrow(session, request, turn.position)
 
 
 @perform.register
@@ -154,6 +196,7 @@ def _(request: Restore, session: Session, turn: Turn) -> None:
         session.forms = session.granularity.forms(session.model, session.masks, session.asked)
         session.removed = Removed(**found.facts)
     if request.weights:
+        session.hidden = {}
         fit_weights(session.model, found.weights, f"remembered as {request.tag}")
         masking.apply(session.model, masking.joined(session.state.masks, session.masks))
     now = clock.progress or Progress()

@@ -38,6 +38,7 @@ def pose(
     steps: int,
     plan: FindPlan | None = None,
     budget: tuple[Quantity, float] | None = None,
+    learns: bool = False,
     rough: bool = False,
 ) -> Problem:
     """What a schedule knows of a network.
@@ -51,6 +52,7 @@ def pose(
         steps: optimizer steps of an epoch.
         plan: gives the network's channel plan, where somebody keeps it.
         budget: the quantity of the target and what may remain, where that was settled before the network shrank.
+        learns: whether the criterion's scores are summed up in training.
         rough: predict times from one of the whole network, for a first look.
     """
     blank = {name: torch.zeros(()).expand(target(model, name).weight.shape) for name in asked}
@@ -77,6 +79,8 @@ def pose(
         seed=seed,
         steps=steps,
         scope=granularity.scope or "layer",
+        regrows=structure is None,
+        learns=learns,
     )
     quantity, allowed = budget or _target(granularity, problem, [group.lines for group in groups])
     return replace(problem, quantity=quantity, budget=allowed)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prune_cli import masks as masking
 from prune_cli.criteria.criterion import Criterion
-from prune_cli.criteria.statistics import Calibration, Statistics, collect
+from prune_cli.criteria.statistics import Calibration, Statistics
 from prune_cli.data.dataset import Loss
 from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ScheduleError, nearest
@@ -20,15 +20,16 @@ from prune_cli.files import artifacts
 from prune_cli.granularities.units import Context, Group
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline import shrinking
-from prune_cli.pipeline.state import Outcome, State
+from prune_cli.pipeline.state import Outcome, State, derive_seed
 from prune_cli.schedules.problem import Problem
-from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import Selection, scored, select
 from prune_cli.session import learning, remembering, teaching
+from prune_cli.session.measuring import statistics_of
 from prune_cli.session.posing import pose
 from prune_cli.session.remembering import FRESH, INIT, Snapshot
-from prune_cli.structure import follow, rebuild, surgery
+from prune_cli.session.standing import Clock, Removed, shrink_progress
+from prune_cli.structure import follow, rebuild
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.plan import Plan
 from prune_cli.training import admm
@@ -40,36 +41,8 @@ from prune_cli.training.training import Training
 
 log = logging.getLogger(__name__)
 
-FIT, MASKS, HELD, LOSS, ADMM, SNAPSHOT = "fit/", "masks/", "held/", "loss/", "admm/", "snapshot/"
+FIT, MASKS, HELD, LOSS, ADMM, SNAPSHOT, HIDDEN = "fit/", "masks/", "held/", "loss/", "admm/", "snapshot/", "hidden/"
 RESIDUALS = "admm.csv"
-
-
-@dataclass(frozen=True)
-class Removed:
-    """What a selection removes, of the units and channels that there are; what a resumed stage reports too."""
-
-    units: int = 0
-    removed: int = 0
-    channels: int = 0
-    channels_removed: int = 0
-    requested: float | None = None
-
-
-@dataclass
-class Clock:
-    """Where the stage's trainings stand.
-
-    Attributes:
-        progress: of the present training; None before the first.
-        total: epochs of it.
-        until: epoch, and batches of it, that a request under way trains to; None between requests.
-        begun: trainings so far.
-    """
-
-    progress: Progress | None = None
-    total: int | None = None
-    until: tuple[int, int] | None = None
-    begun: int = 0
 
 
 class Session:
@@ -98,6 +71,7 @@ class Session:
         self.calibration, self.distillation, self.training, self.epochs = calibration, distillation, training, epochs
         self.masks: dict[str, Tensor] = {}
         self.forms: dict[str, MaskFormat] = {}
+        self.hidden: dict[str, Tensor] = {}  # parameter name -> what is behind its mask, 0 elsewhere
         self.removed = Removed()
         self.taken = Removed()  # by Shrink, before the present network
         self.clock = Clock()
@@ -145,6 +119,7 @@ class Session:
             steps=self.steps(),
             plan=self.plan,
             budget=None if before is None else (before.quantity, before.budget),
+            learns=self.criterion.reads("training"),
         )
         self.problem = Problem.from_dict(self.state.world.broadcast(problem.to_dict()))
         return self.problem
@@ -173,6 +148,7 @@ class Session:
         *,
         fraction: float = 1.0,
         kept: Mapping[str, int] | None = None,
+        quiet: bool = False,
     ) -> Selection:
         """Masks to join with those that are held, the same on every rank."""
         selection = select(
@@ -187,21 +163,35 @@ class Session:
             seed=self.state.stage_seed % 2**62,
             asked=self.asked,
             plan=self.plan,
+            quiet=quiet,
         )
         same_masks(self.state.world, selection.masks)
         return selection
 
-    def scored(self, statistics: Statistics, kept: Mapping[str, int] | None = None) -> list[Group]:
+    def scored(
+        self,
+        statistics: Statistics,
+        kept: Mapping[str, int] | None = None,
+        *,
+        criterion: Criterion | None = None,
+        held: Mapping[str, Tensor] | None = None,
+        seed: int | None = None,
+    ) -> list[Group]:
         """The groups of units with their scores by the present weights; what is masked already ranks lowest.
 
         Args:
             statistics: of the criterion, for these weights.
             kept: what will be kept of each, for criteria that need to know.
+            criterion: instead of the stage's own.
+            held: what is masked already; by default all that is.
+            seed: for criteria that draw numbers; the stage's own by default.
         """
+        masked = self.held() if held is None else held
         context = Context(
-            self.model, self.state.example_inputs(), {}, self.asked, self.held(), self.granularity.dependency, self.plan
+            self.model, self.state.example_inputs(), {}, self.asked, masked, self.granularity.dependency, self.plan
         )
-        return scored(self.granularity, self.criterion, context, statistics, self.state.stage_seed % 2**62, kept=kept)
+        drawn = self.state.stage_seed % 2**62 if seed is None else seed
+        return scored(self.granularity, criterion or self.criterion, context, statistics, drawn, kept=kept)
 
     def keep(self, selection: Selection, held: Mapping[str, Tensor]) -> None:
         """Takes note of a choice; nothing is zeroed here."""
@@ -215,6 +205,22 @@ class Session:
     def requested(self) -> float | None:
         """What was asked of the network that came."""
         return self.removed.requested if self.taken.requested is None else self.taken.requested
+
+    def hide(self, masks: Mapping[str, Tensor]) -> None:
+        """From now on these masks hold, and what they zero keeps its values behind them."""
+        self.masks = dict(masks)
+        weights = {name: self.model.get_parameter(name).detach() for name in masks}
+        self.hidden = {
+            name: weights[name].masked_fill(mask.to(weights[name].device), 0) for name, mask in masks.items()
+        }
+
+    @torch.no_grad()
+    def reveal(self) -> None:
+        """What is behind masks has its values again."""
+        for name, values in self.hidden.items():
+            parameter = self.model.get_parameter(name)
+            parameter.copy_(torch.where(values != 0, values, parameter))
+        self.hidden = {}
 
     def fix(self) -> None:
         """The whole masks hold from now on, with what they leave useless."""
@@ -232,6 +238,7 @@ class Session:
         until: tuple[int, int],
         masks: Mapping[str, Tensor],
         penalty: bool = False,
+        shrinkage: float = 0.0,
         save: learning.Save | None = None,
         candidate: bool = False,
         seed: int | None = None,
@@ -243,11 +250,12 @@ class Session:
             epochs: length of the training, `until` the epoch and the batches of it to reach.
             masks: what is held at zero.
             penalty: tie the weights to their projections.
+            shrinkage: of scores that are learned; see `Train`.
             save: takes a checkpoint's tensors and numbers.
             candidate: a trial by this process alone: nothing is summed up, and of several processes none stops inside.
             seed: of the batches; the stage's own by default.
         """
-        hooks = [] if candidate else self._hooks(progress, penalty=penalty)
+        hooks = [] if candidate else self._hooks(progress, penalty=penalty, shrinkage=shrinkage)
 
         def regularise(step: int, memory: dict[str, Tensor]) -> None:
             for hook in hooks:
@@ -281,7 +289,12 @@ class Session:
                 self._loss.load_state_dict(self._waiting)
         return self._loss
 
-    def _hooks(self, progress: Progress, *, penalty: bool) -> list[loop.Regularise]:
+    def seed(self) -> int:
+        """Of the order and the augmentation of the present training's batches."""
+        begun, seed = self.clock.begun, self.state.stage_seed
+        return seed if begun <= 1 else derive_seed(seed, "training", begun)
+
+    def _hooks(self, progress: Progress, *, penalty: bool, shrinkage: float) -> list[loop.Regularise]:
         """What accompanies a training. Sums are of the loss's own gradient, so they come before anything is added."""
 
         def rate() -> float:
@@ -289,7 +302,9 @@ class Session:
             return float(progress.optimizer.param_groups[0]["lr"])
 
         needs = [need for need in self.criterion.entries if need.source == "training"]
-        hooks: list[loop.Regularise] = [StepSum(need, self.model, list(self.asked), rate) for need in needs]
+        hooks: list[loop.Regularise] = [
+            StepSum(need, self.model, list(self.asked), rate, hidden=self.hidden, shrinkage=shrinkage) for need in needs
+        ]
         if penalty:
             if self.splitting.rho is None:
                 raise ScheduleError("schedule: it asks for the penalty of a projection before the first `Project`")
@@ -354,7 +369,7 @@ class Session:
         # What is chosen from next are the weights of plain layers.
         model, masks, lineage = rebuild.expanded(small.model, small.masks, small.lineage)
         if (progress := self.clock.progress) is not None:
-            _shrink_progress(progress, before, model, lineage)
+            shrink_progress(progress, before, model, lineage)
         self.snapshots = {tag: one.shrunk(lineage) for tag, one in self.snapshots.items()}
         self.shrunk = lineage if self.shrunk is None else lineage.after(self.shrunk)
         self._become(model, masks, {**self.forms, **self.state.forms})
@@ -363,7 +378,7 @@ class Session:
             channels_removed=self.taken.channels_removed + self.removed.channels_removed,
             requested=self.requested,
         )
-        self.masks, self.forms, self.splitting = {}, {}, self.splitting.ended()
+        self.masks, self.forms, self.hidden, self.splitting = {}, {}, {}, self.splitting.ended()
         self.removed = Removed(
             self.removed.units - self.removed.removed, 0, self.removed.channels - self.removed.channels_removed
         )
@@ -382,6 +397,7 @@ class Session:
         """All tensors of a checkpoint, with those of the training."""
         named = {FIT + name: value for name, value in training.items()}
         named |= {MASKS + name: value for name, value in self.masks.items()}
+        named |= {HIDDEN + name: value for name, value in self.hidden.items()}
         if self.shrunk is not None:
             named |= {HELD + name: value for name, value in self.state.masks.items()}
         named |= {ADMM + name: value for name, value in self.splitting.tensors().items()}
@@ -427,7 +443,7 @@ class Session:
             numbers["begun"],
         )
         self._waiting = placed(LOSS)
-        self.masks = placed(MASKS)
+        self.masks, self.hidden = placed(MASKS), placed(HIDDEN)
         self.forms = {name: MaskFormat(**form) for name, form in numbers["forms"].items()}
         self.removed, self.taken = Removed(**numbers["removed"]), Removed(**numbers["taken"])
         self.splitting = admm.Splitting.restored(placed(ADMM), numbers["admm"])
@@ -483,40 +499,3 @@ def optimizer_steps(state: State, training: Training) -> int:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _shrink_progress(progress: Progress, before: nn.Module, after: nn.Module, lineage: Lineage) -> None:
-    """Everything with state in a training, for a network that became smaller, in place."""
-    if progress.optimizer is not None:
-        surgery.repoint(progress.optimizer, before, after, lineage.kept)
-    if progress.average is not None:
-        progress.average = rebuild.carried(progress.average, lineage)
-    # What hooks sum up per weight has its name behind their own prefix.
-    sliced = rebuild.carried(
-        {key.partition("/")[2]: value for key, value in progress.memory.items()}, Lineage(lineage.kept)
-    )
-    progress.memory = {key: sliced[key.partition("/")[2]] for key in progress.memory}
-
-
-def statistics_of(state: State, criterion: Criterion, names: Sequence[str], calibration: Calibration) -> Statistics:
-    """What the criterion needs, measured on the network as it is now, with its loss on the labels alone.
-
-    Args:
-        names: weights of interest.
-        calibration: images for criteria that need them.
-    """
-    images = requirements.needs_images(criterion)
-    batches = state.data.calibration(calibration.images, calibration.batch_size) if images else ()
-    shared = state.world.size > 1 and len(batches) >= state.world.size  # else every rank sees all of them
-    if shared:
-        batches = state.data.calibration(calibration.images, calibration.batch_size, shard=state.world.shard)
-    return collect(
-        state.model,
-        batches,
-        criterion.needs,
-        learning.cross_entropy(0.0),
-        state.example_inputs(),
-        at=criterion.at,
-        names=list(names),
-        reduce=state.world.add_up if shared else None,
-    )

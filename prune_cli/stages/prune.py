@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Annotated
 
 from prune_cli.config.nodes import Flat
@@ -23,6 +24,8 @@ from prune_cli.session.posing import pose
 from prune_cli.session.session import Session, optimizer_steps, tags
 from prune_cli.structure.follow import analyse
 from prune_cli.training.training import Training
+
+log = logging.getLogger(__name__)
 
 
 def check(
@@ -51,9 +54,14 @@ def check(
         )
     granularity.check(state.model, criterion, state.example_inputs())
     first = _first(state, criterion, granularity, schedule, training)
-    requirements.check(
-        criterion, granularity, state.model, state.data, state.example_inputs(), trained=isinstance(first, Train)
-    )
+    at_random = isinstance(first, Mask) and first.random
+    if at_random and state.trained_by:
+        log.warning(
+            "%s: it begins with masks at random, which spoil what %s has learned: leave that stage out, as stages=[%s], or "
+            "set schedule.begin=criterion", state.stage, state.trained_by, state.stage,
+        )  # fmt: skip
+    later = at_random or isinstance(first, Train)
+    requirements.check(criterion, granularity, state.model, state.data, state.example_inputs(), trained=later)
     _check_coupling(state, granularity)
     return state.evolve(shrunk_by=state.stage) if granularity.shrink else state
 
@@ -119,6 +127,7 @@ def _first(
         seed=seed,
         steps=steps,
         plan=plan,
+        learns=criterion.reads("training"),
         rough=True,
     )
     first = first_request(schedule, problem)

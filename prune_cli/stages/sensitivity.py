@@ -32,7 +32,7 @@ from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import names_of, select
 from prune_cli.selection.targets import Rule
 from prune_cli.session import learning
-from prune_cli.session.session import statistics_of
+from prune_cli.session.measuring import statistics_of
 from prune_cli.stages.sensitivity_plot import Point, curves
 from prune_cli.structure import follow
 from prune_cli.structure.prunable import owner, target

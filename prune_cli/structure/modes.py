@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 @contextmanager
@@ -30,3 +31,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def norms_by_batch(model: nn.Module) -> Iterator[None]:
+    """Lets norms with running statistics divide by those of the images in eval mode; their own stay as they are."""
+    kept = [
+        (module, module.running_mean, module.running_var)
+        for module in model.modules()
+        if isinstance(module, _NormBase) and module.running_mean is not None
+    ]
+    try:
+        for module, _, _ in kept:
+            module.running_mean = module.running_var = None
+        yield
+    finally:
+        for module, mean, variance in kept:
+            module.running_mean, module.running_var = mean, variance

@@ -105,6 +105,95 @@ def test_snip_takes_the_gradient_over_all_images(size):
     assert torch.allclose(score(model, "3.weight", gradients.snip, "gradient", size), expected, rtol=1e-9)
 
 
+def hessian_by_gradient(model: nn.Module, name: str, temperature: float) -> Tensor:
+    """H g of the whole Hessian over one weight, in eval mode."""
+    images, labels = data()
+    model.eval()
+    weight = model.get_parameter(name).detach()
+
+    def value(candidate: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, {name: candidate}, images) / temperature, labels)
+
+    gradient = torch.func.grad(value)(weight).flatten()
+    hessian = torch.func.hessian(value)(weight).reshape(len(gradient), len(gradient))
+    return (hessian @ gradient).view_as(weight)
+
+
+@pytest.mark.parametrize("size", [3, 10])
+def test_grasp_is_the_weight_times_hessian_times_gradient(size):
+    """Of one weight alone, so that the Hessian is small; logits are divided by 200."""
+    model = network()
+    expected = model.get_parameter("3.weight").detach() * hessian_by_gradient(model, "3.weight", 200.0)
+    found = collect(model, batches(size), ("hessian_gradient",), loss, data()[0][:1], names=["3.weight"])["3.weight"]
+    view = LayerView("3.weight", model.get_parameter("3.weight").detach(), None, torch.Generator(), found)
+    assert torch.allclose(gradients.grasp(view), expected, rtol=1e-7, atol=1e-14 * 1e-3)
+    assert expected.abs().max() > 1e-12
+
+
+def test_grasp_scores_are_half_of_what_the_squared_gradient_norm_loses_to_first_order():
+    """Along each weight towards zero, the gradient norm of all weights; what is kept is what it would lose most with."""
+    model, names = network(), ["0.weight", "3.weight", "6.weight"]
+    found = collect(model, batches(10), ("hessian_gradient",), loss, data()[0][:1], names=names)
+    images, labels = data()
+    model.eval()
+
+    def norm() -> Tensor:
+        value = F.cross_entropy(model(images) / 200, labels)
+        slopes = torch.autograd.grad(value, [model.get_parameter(name) for name in names], create_graph=True)
+        return sum(slope.square().sum() for slope in slopes)
+
+    turning = torch.autograd.grad(norm(), [model.get_parameter(name) for name in names])
+    for name, slope in zip(names, turning, strict=True):
+        weight = model.get_parameter(name).detach()
+        view = LayerView(name, weight, None, torch.Generator(), found[name])
+        assert torch.allclose(gradients.grasp(view), weight * slope / 2, rtol=1e-7, atol=1e-16)
+
+
+def test_grasp_refuses_networks_that_return_something_else_than_logits():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, images: Tensor) -> tuple[Tensor, None]:
+            return self.inner(images), None
+
+    def first(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(images)[0], labels)
+
+    with pytest.raises(ConfigError, match="returns a tuple"):
+        collect(Pair(), batches(4), ("hessian_gradient",), first, data()[0][:1], names=["inner.3.weight"])
+
+
+def test_grasp_goes_through_fused_attention():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(64, 4, 8, dropout=0.1, batch_first=True), nn.Flatten(),
+                          nn.Linear(192, 3)).double()  # fmt: skip
+    found = collect(model, batches(4), ("hessian_gradient",), loss, data()[0][:1], names=["1.linear1.weight"])
+    assert found["1.linear1.weight"]["hessian_gradient"].any()
+
+
+@pytest.mark.parametrize("need", ["gradient", "hessian_gradient"])
+def test_norms_by_the_batch_are_those_of_training_and_leave_their_own_statistics(need):
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    by_batch = collect(model, batches(10), (need,), loss, data()[0][:1], norms="batch", names=["0.weight"])
+    running = collect(model, batches(10), (need,), loss, data()[0][:1], names=["0.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not torch.allclose(by_batch["0.weight"][need], running["0.weight"][need], rtol=1e-3)
+    if need == "gradient":
+        model.train()
+        loss(model, *data()).backward()
+        assert torch.allclose(by_batch["0.weight"][need], model.get_parameter("0.weight").grad, rtol=1e-9)
+
+
+def test_norms_by_the_batch_need_more_than_one_value_per_channel():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4)).double()
+    with pytest.raises(ConfigError, match=r"more than 1 value.*calibration\.batch_size"):
+        collect(model, batches(1), ("gradient",), loss, data()[0][:1], norms="batch")
+    assert model[2].running_mean is not None
+
+
 def test_weights_that_the_loss_does_not_depend_on_score_nothing():
     model = network()
     model.add_module("spare", nn.Linear(2, 2).double())

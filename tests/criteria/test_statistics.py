@@ -91,8 +91,11 @@ def test_only_what_is_needed_is_done():
 
 
 def test_shares_of_several_processes_add_up_to_the_whole():
-    """Two runs over half of the batches, their sums added, against one run over all."""
-    needs = tuple(need for need in EVERYTHING if need != "synaptic_flow")
+    """Two runs over half of the batches, their sums added, against one run over all.
+
+    Products with the Hessian take the gradient of all images, which each run must have heard of: tests/runs/test_processes.
+    """
+    needs = tuple(need for need in EVERYTHING if need not in ("synaptic_flow", "hessian_gradient"))
     model, everything = network().double(), [(images.double(), labels) for images, labels in batches(12, 4)]
     whole = collect(model, everything, needs, loss, IMAGE.double())
     parts: list[list[Tensor]] = []

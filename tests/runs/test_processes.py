@@ -145,7 +145,7 @@ def measured(world: World) -> dict[str, list]:
     """What criteria measure on a network, each process on its share of 5 batches."""
     data = fake(shape=(3, 8, 8), num_classes=4, train=50, test=10, val=0)
     model = network()
-    needs = ("taylor", "gradient", "fisher", "input_norm")
+    needs = ("taylor", "gradient", "fisher", "input_norm", "hessian_gradient")
     batches = [(images.double(), labels) for images, labels in data.calibration(50, 11, shard=world.shard)]
     found = collect(model, batches, needs, loss, torch.zeros(1, 3, 8, 8).double(), reduce=world.add_up)
     return {f"{name} {need}": value.flatten().tolist() for name, of in found.items() for need, value in of.items()}
@@ -181,7 +181,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     for number in range(2):
         same, found = json.loads((tmp_path / f"{number}.json").read_text())
         assert same, "bit-equal on every rank"
-        assert found.keys() == alone.keys() and len(found) == 8
+        assert found.keys() == alone.keys() and len(found) == 10
         assert all(found[key] == pytest.approx(alone[key], rel=1e-9, abs=1e-15) for key in alone)
 
 
@@ -306,6 +306,15 @@ SR_STE = (
     "finetune.epochs=1",
 )  # fmt: skip
 
+RIGL = (
+    "run", "recipe=quickstart", "stages=[prune,finetune]", "schedule=rigl", "schedule.epochs=2", "schedule.every=4",
+    "prune.batch_size=64", "finetune.epochs=1",
+)  # fmt: skip
+MOVEMENT = (
+    "run", "recipe=quickstart", "stages=[prune,finetune]", "schedule=movement", "criterion=movement", "schedule.epochs=2",
+    "prune.batch_size=64", "finetune.epochs=1",
+)  # fmt: skip
+
 
 def learned(world: World, method: str) -> dict[str, list]:
     """Losses and masks of a training whose masks are learned on the way, in float64, batches not divisible by two."""
@@ -360,7 +369,9 @@ def test_masks_learned_by_two_gloo_processes_are_those_of_one(tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [SKELETON, SR_STE], ids=["skeleton", "sr_ste"])
+@pytest.mark.parametrize(
+    "arguments", [SKELETON, SR_STE, RIGL, MOVEMENT], ids=["skeleton", "sr_ste", "rigl", "movement"]
+)
 def test_learned_masks_in_two_processes_are_found_by_one(tmp_path, arguments):
     arguments = (*arguments, "device=cpu", "latency=false", "threads=1")
     process = torchrun(tmp_path, *arguments)

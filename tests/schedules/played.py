@@ -67,3 +67,15 @@ def play(schedule, problem: Problem, score: Score = lambda kept: 0.0) -> list[Re
                 answer = {}
             case _:
                 answer = None
+
+
+def asking(*requests: Request):
+    """A schedule that asks for these, and keeps what it hears in `heard`."""
+    heard = []
+
+    def schedule(problem: Problem):
+        for request in requests:
+            heard.append((yield request))
+
+    schedule.heard = heard
+    return schedule

@@ -17,6 +17,7 @@ from prune_cli.stages.prune import check
 from tests.session.tiny import (
     ALWAYS,
     L2,
+    MOVEMENT,
     NEVER,
     Cut,
     begin,
@@ -25,16 +26,31 @@ from tests.session.tiny import (
     journal,
     option,
     result,
-    run,
     training,
 )  # fmt: skip
+from tests.session.tiny import run as run_with
 
 SCHEDULES = sorted(options("schedule"))
-FILTERS = {"ratio": 0.5}
+ELEMENT = {"acdc", "rigl", "set"}  # of which single weights come back
 
 
 def granularity(name: str = "filter", **keys) -> Granularity:
     return option("granularity", name, Granularity, **keys)
+
+
+def units(name: str) -> Granularity:
+    """What a schedule prunes where nothing else is said: filters, if it can."""
+    return granularity("element" if name in ELEMENT else "filter")
+
+
+def criterion(name: str):
+    """What it ranks by: scores that are learned, if it asks for them."""
+    return MOVEMENT if name == "movement" else L2
+
+
+def run(state, name: str, chosen: Granularity, **keys):
+    """The stage with a shipped schedule."""
+    return run_with(state, option("schedule", name), chosen, criterion(name), **keys)
 
 
 def asked(schedule, problem: Problem, answers: list) -> list[str]:
@@ -52,7 +68,7 @@ def asked(schedule, problem: Problem, answers: list) -> list[str]:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_replaying_any_prefix_of_the_journal_asks_the_same_next_request(name, tmp_path):
     schedule = option("schedule", name)
-    run(begin(tmp_path), schedule, granularity())
+    run(begin(tmp_path), name, units(name))
     record = journal(tmp_path)
     answers = [answer for _, answer in record.answers]
     wanted = [name for name, _ in record.answers] + ["done"]
@@ -66,32 +82,30 @@ def test_replaying_any_prefix_of_the_journal_asks_the_same_next_request(name, tm
 @pytest.mark.parametrize("seconds", [NEVER, ALWAYS], ids=["no checkpoints", "checkpoints"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_cut_after_any_request_the_stage_ends_with_the_same_bytes(name, seconds, most, tmp_path, monkeypatch):
-    schedule = option("schedule", name)
-    wanted = result(run(begin(tmp_path / "calm"), schedule, granularity(), seconds=seconds))
+    wanted = result(run(begin(tmp_path / "calm"), name, units(name), seconds=seconds))
     count = len(journal(tmp_path / "calm").answers)
     for answers in sorted({round(place) for place in np.linspace(1, count, min(count, most))}):
         place = tmp_path / str(answers)
         with monkeypatch.context() as patch:
             cut_after(patch, answers)
             with pytest.raises(Cut):
-                run(begin(place), schedule, granularity(), seconds=seconds)
+                run(begin(place), name, units(name), seconds=seconds)
         assert len(journal(place).answers) == answers
-        assert result(run(begin(place), schedule, granularity(), seconds=seconds)) == wanted, answers
+        assert result(run(begin(place), name, units(name), seconds=seconds)) == wanted, answers
         assert journal(place) == journal(tmp_path / "calm")
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if trains(option("schedule", name))])
 def test_killed_inside_a_training_the_stage_ends_with_the_same_bytes(name, tmp_path, monkeypatch, caplog):
-    schedule = option("schedule", name)
-    wanted = result(run(begin(tmp_path / "calm"), schedule, granularity(), seconds=ALWAYS))
+    wanted = result(run(begin(tmp_path / "calm"), name, units(name), seconds=ALWAYS))
     for step in (2, 6, 9):  # of three steps an epoch
         place = tmp_path / str(step)
         with monkeypatch.context() as patch:
             cut_at_step(patch, step)
             with pytest.raises(Cut):
-                run(begin(place), schedule, granularity(), seconds=ALWAYS)
+                run(begin(place), name, units(name), seconds=ALWAYS)
         caplog.clear()
-        assert result(run(begin(place), schedule, granularity(), seconds=ALWAYS)) == wanted, step
+        assert result(run(begin(place), name, units(name), seconds=ALWAYS)) == wanted, step
         assert "begins again" not in caplog.text
 
 
@@ -109,12 +123,17 @@ def test_it_ends_for_every_legal_granularity(name, kind, tmp_path):
     state = begin(tmp_path)
     try:
         check(
-            state, criterion=L2, granularity=chosen, schedule=schedule, distillation=Distillation(), training=training()
+            state,
+            criterion=criterion(name),
+            granularity=chosen,
+            schedule=schedule,
+            distillation=Distillation(),
+            training=training(),
         )
     except (ConfigError, ScheduleError) as error:
         assert "choose" in str(error)  # only what is said to be illegal is left out
         return
-    after = run(state, schedule, chosen)
+    after = run(state, name, chosen)
     ratio = keys["ratio"]
     asked_for = after.outcome.ratio_prunable - ratio
     assert asked_for >= -0.06 and (asked_for <= 0.06 or searches(tmp_path))  # a search may end below its budget
@@ -124,7 +143,7 @@ def test_it_ends_for_every_legal_granularity(name, kind, tmp_path):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_what_it_says_of_its_length_is_an_upper_bound(name, tmp_path):
     schedule = option("schedule", name)
-    after = run(begin(tmp_path), schedule, granularity())
+    after = run(begin(tmp_path), name, units(name))
     bound = most_epochs(schedule)
     assert bound is None or after.outcome.epochs <= bound
     made = asked(schedule, Problem.from_dict(journal(tmp_path).problem), [])

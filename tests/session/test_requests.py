@@ -28,6 +28,7 @@ from prune_cli.session.journal import Journal
 from prune_cli.session.posing import pose
 from prune_cli.stages.prune import check
 from prune_cli.structure.follow import analyse
+from tests.schedules.played import asking
 from tests.session.searching import in_rounds, lottery, netadapt
 from tests.session.tiny import (
     ALWAYS,
@@ -62,18 +63,6 @@ def wide() -> nn.Module:
 def searching(place, **changes):
     """One step per epoch: what is looked at is the search, not its training."""
     return begin(place, model=wide(), data=DATA.limit(1), **changes)
-
-
-def asking(*requests):
-    """A schedule that asks for these, and keeps what it hears."""
-    heard = []
-
-    def schedule(problem):
-        for request in requests:
-            heard.append((yield request))
-
-    schedule.heard = heard
-    return schedule
 
 
 @pytest.fixture

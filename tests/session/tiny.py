@@ -13,7 +13,7 @@ from torch import nn
 from prune_cli.config.compose import compose
 from prune_cli.config.nodes import resolve
 from prune_cli.console import Console
-from prune_cli.criteria import weights
+from prune_cli.criteria import movement, weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.statistics import Calibration
 from prune_cli.data.fake import fake
@@ -32,12 +32,17 @@ from prune_cli.training.training import Training
 DATA = fake((3, 8, 8), 4, train=56, test=16, val=8)
 L2 = Criterion(weights.l2)
 NOTHING = Distillation()
+MOVEMENT = Criterion(movement.movement, needs=("movement",))
 NEVER, ALWAYS = 1e9, 0.0
 SHORT = {
     "epochs": 4, "retrain_epoch": 3, "prune_freq": 2, "iterations": 2, "epochs_per_iteration": 1, "retrain_epochs": 1,
     "updates": 2, "every": 1, "soft_epochs": 3, "rounds": 2, "step": 0.2, "candidates": 4, "grid": [0.5], "delta": 100.0,
-    "halvings": 0, "episodes": 4, "warmup": 2,
+    "halvings": 0, "episodes": 4, "warmup": 2, "warmup_epochs": 1, "cooldown_epochs": 1, "compressed_epochs": 1,
+    "decompressed_epochs": 1, "final_epochs": 1,
 }  # fmt: skip
+
+STEPS = {"rigl": 4, "set": 5, "movement": 3}
+"""`every` of the schedules that count optimizer steps: some of each epoch's three."""
 
 
 class Cut(BaseException):
@@ -112,7 +117,8 @@ def composed(group: str, name: str) -> dict:
 def option(group: str, name: str, kind: type | None = None, **keys):
     """A shipped option with some of its keys changed, those of `SHORT` among them."""
     node = copy.deepcopy(composed(group, name))
-    node |= {key: value for key, value in SHORT.items() if key in node} | keys
+    node |= {key: value for key, value in SHORT.items() if key in node}
+    node |= ({"every": STEPS[name]} if name in STEPS else {}) | keys
     return resolve(node, group, kind)
 
 
