@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.config.locations import options
-from prune_cli.config.nodes import resolve
+from prune_cli.config.nodes import resolve, validate
 from prune_cli.criteria.criterion import Criterion, LayerView
 from prune_cli.criteria.scoring import view_of
 from prune_cli.criteria.statistics import Statistics, collect
@@ -41,6 +43,7 @@ from prune_cli.selection.granularity import Granularity
 from prune_cli.selection.select import select
 from prune_cli.selection.targets import Rule
 from prune_cli.structure import follow, surgery, verified
+from prune_cli.structure.lineage import Shrunk
 from prune_cli.structure.prunable import targets
 
 log = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ def shrink(
     *,
     budget: Mapping[str, float] | Budget | None = None,
     criterion: str | Score | Criterion = "l1",
-    scope: Literal["layer", "global"] = "layer",
+    scope: Literal["layer", "global"] | None = None,
     normalize: Normalize | None = None,
     min_keep: float = 0.0,
     max_ratio: float = 1.0,
@@ -74,7 +77,8 @@ def shrink(
 
     Args:
         model: any module; left as it was. What its outputs consist of (the classes) is kept.
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        example_inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments, such as a tokenizer
+            returns.
         ratio: fraction of the channels to remove, in [0, 1), 0.5 unless told: one number, or one per layer (dotted
             name; the others stay as they are; of layers that are added to each other all must be named). A parameter
             that makes channels without being a layer's weight is named itself, as `experts.gate_up_proj`.
@@ -82,7 +86,8 @@ def shrink(
             the example inputs, or `{"latency_ms": 3.0}` for one image.
         criterion: how important a channel is: an option of the command line (`l1`, `l2`, ...), or a function of a
             `LayerView` that returns scores like its weight or one per output channel; higher = keep.
-        scope: `layer` removes that fraction of every coupled set of layers, `global` of all of them ranked together.
+        scope: `layer` removes that fraction of every coupled set of layers, `global` of all of them ranked together; None
+            is `layer` for a ratio, and for a budget of MACs or parameters `global`, channels weighed against what they save.
         normalize: with scope `global`, what scores are divided by first: none, layer_mean, layer_l2 or lamp; None for
             what compares channels best.
         min_keep: fraction of a layer's channels that always stays; at least one channel does.
@@ -109,6 +114,8 @@ def shrink(
             cannot be met, or a network of layers that cannot be sliced (stripes).
         SurgeryError: the model does not run on the example inputs, or cannot be shrunk as asked.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: {type(model).__name__} is no torch.nn.Module; give the network itself")
     if parts := closed(model):
         raise ConfigError(
             f"this network consists of {parts}, whose channels cannot be cut any more; shrink the network that they "
@@ -116,25 +123,28 @@ def shrink(
         )
     _check_fractions(ratio, budget, min_keep, max_ratio)
     _check_optimizer(optimizer, model)
+    if isinstance(example_inputs, Mapping):
+        example_inputs = dict(example_inputs)
     chosen = _criterion(criterion, model)
     rules, most = _rules(0.5 if ratio is None else ratio)
     granularity = Granularity(
         Filter(),
         ratio=most,
         rules=rules,
-        scope=scope,
-        normalize=normalize,
+        scope=validate(scope, "scope", Literal["layer", "global"] | None),
+        normalize=validate(normalize, "normalize", Normalize | None),
         min_keep=min_keep,
         max_ratio=max_ratio,
         budget=_budget(budget, example_inputs),
     )
     plan = functools.cache(functools.partial(follow.analyse, model, example_inputs))
-    with _heard(warn) as notes:
+    with _in_arguments(), _heard(warn) as notes:
         granularity.check(model, chosen, example_inputs, plan)
         shrunk = _chosen(granularity, chosen, model, example_inputs, batches, loss, seed, plan)
         origin: Record | None = getattr(model, ORIGIN, None)
         lineage = None if origin is None else origin.lineage
         small = verified.checked(model, shrunk, {}, lineage=lineage, check_on=(example_inputs,))
+        shrunk = small.shrunk or shrunk
     if optimizer is not None:
         surgery.repoint(optimizer, model, small.model, shrunk.lineage.kept)
     record = Record({"_target_": _class_of(model)}) if origin is None else origin
@@ -167,7 +177,7 @@ def _chosen(
     loss: Loss | None,
     seed: int,
     plan: FindPlan,
-) -> surgery.Shrunk:
+) -> Shrunk:
     """The network without the units that the criterion finds least important."""
     asked = granularity.asked(model, criterion, plan)
     statistics = _statistics(criterion, model, example_inputs, batches, loss, list(asked))
@@ -178,6 +188,16 @@ def _chosen(
     if selection.candidate is None:  # nothing may shrink
         return surgery.remove_units(model, plan(), plan().everything())
     return surgery.remove_units(model, *selection.candidate)
+
+
+@contextmanager
+def _in_arguments() -> Iterator[None]:
+    """Names the arguments of `shrink` where an error names the keys of a recipe."""
+    try:
+        yield
+    except ConfigError as error:
+        text = re.sub(r"granularity\.rules\[\d+\]\.names", "ratio", str(error))
+        raise ConfigError(text.replace("granularity.", "")) from error
 
 
 @contextmanager
@@ -269,6 +289,8 @@ def _criterion(given: str | Score | Criterion, model: nn.Module) -> Criterion:
         return given
     if callable(given):
         return Criterion(given, _level(given, model))
+    if not isinstance(given, str):
+        raise ConfigError(f"criterion: {given!r} is no option's name and no function of a LayerView")
     known = options("criterion")
     if given not in known:
         raise ConfigError(f"criterion: there is no {given!r}{nearest(given, known)}")
@@ -300,6 +322,11 @@ def _statistics(
             "reads the weights, such as l1 or fpgm, or taylor_group"
         )
     examples = list(batches) if requirements.needs_images(criterion) else []
+    for number, pair in enumerate(examples):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ConfigError(
+                f"batches: number {number} is no pair; give [(inputs, target), ...], as a DataLoader does"
+            )
     if requirements.needs_images(criterion) and not examples:
         raise ConfigError(
             "criterion: needs data; give batches=[(inputs, target), ...] and, if not cross entropy, loss="
@@ -325,14 +352,12 @@ def _check_fractions(
 ) -> None:
     if ratio is not None and budget is not None:
         raise ConfigError("ratio and budget both say how much goes; give one of them")
-    most = 0.0 if ratio is None else _rules(ratio)[1]
-    for name, value, legal in (
-        ("ratio", most, 0 <= most < 1),
-        ("min_keep", min_keep, 0 <= min_keep < 1),
-        ("max_ratio", max_ratio, 0 < max_ratio <= 1),
-    ):
-        if not legal:
-            raise ConfigError(f"{name}: {value} is not a fraction from 0 to below 1 (max_ratio: to 1)")
+    ratios = {"ratio": ratio} if not isinstance(ratio, Mapping) else {f"ratio of {k}": v for k, v in ratio.items()}
+    for name, value in [*ratios.items(), ("min_keep", min_keep)][ratio is None :]:
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
+            raise ConfigError(f"{name}: {value!r} is not a fraction from 0 to below 1")
+    if not isinstance(max_ratio, Real) or not 0 < max_ratio <= 1:
+        raise ConfigError(f"max_ratio: {max_ratio!r} is not a fraction above 0, at most 1")
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
@@ -343,6 +368,10 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) 
     """
     if optimizer is None:
         return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer: {type(optimizer).__name__} is no torch.optim.Optimizer; give the one that trains it"
+        )
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ConfigError(

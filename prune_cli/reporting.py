@@ -10,9 +10,9 @@ from torch import nn
 from prune_cli.errors import SurgeryError
 from prune_cli.measure.cost import cost
 from prune_cli.structure.interpreter import Example
+from prune_cli.structure.lineage import Shrunk
 from prune_cli.structure.plan import PlanCost
 from prune_cli.structure.prunable import targets
-from prune_cli.structure.surgery import Shrunk
 from prune_cli.structure.whole import Whole, in_words, whole
 
 

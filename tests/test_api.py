@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections import UserDict
 
 import pytest
 import torch
@@ -206,15 +207,41 @@ def test_own_data_and_loss_decide_what_stays(own):
     [
         ({"criterion": "l3"}, ConfigError, "there is no 'l3'"),
         ({"ratio": 1.5}, ConfigError, "ratio: 1.5"),
-        ({"ratio": {"9": 0.5}}, ConfigError, "no layer '9'"),
+        ({"ratio": float("nan")}, ConfigError, "ratio: nan is not a fraction"),
+        ({"ratio": "half"}, ConfigError, "ratio: 'half' is not a fraction"),
+        ({"ratio": {"9": 0.5}}, ConfigError, "^ratio: no layer '9'"),
+        ({"ratio": {"0": -0.5}}, ConfigError, "ratio of 0: -0.5"),
+        ({"ratio": {"0": 0.5, "3": 0.2}, "scope": "global"}, ConfigError, "^scope=global ranks all layers together"),
+        ({"scope": "rows"}, ConfigError, "^scope: .*'layer' or 'global'"),
+        ({"normalize": "mean"}, ConfigError, "^normalize: "),
         ({"max_ratio": 0.0}, ConfigError, "max_ratio"),
+        ({"max_ratio": "all"}, ConfigError, "max_ratio: 'all'"),
+        ({"model": "resnet18"}, ConfigError, "str is no torch.nn.Module"),
+        ({"optimizer": "sgd"}, ConfigError, "str is no torch.optim.Optimizer"),
+        ({"criterion": 5}, ConfigError, "criterion: 5 is no option"),
         ({"criterion": "taylor"}, ConfigError, "needs data"),
+        ({"criterion": "taylor", "batches": [IMAGE]}, ConfigError, "batches: number 0 is no pair"),
         ({"example_inputs": torch.zeros(1, 5, 6, 6)}, SurgeryError, "does not run"),
     ],
 )
 def test_mistakes(arguments, error, message):
     with pytest.raises(error, match=message):
-        shrink(sequence(), **({"example_inputs": IMAGE} | arguments))
+        shrink(**({"model": sequence(), "example_inputs": IMAGE} | arguments))
+
+
+def test_any_mapping_names_arguments_as_a_tokenizer_returns_one(own):
+    class Encoding(UserDict):
+        """As transformers.BatchEncoding: attributes that are keys."""
+
+        def __getattr__(self, name):
+            try:
+                return self.data[name]
+            except KeyError as error:
+                raise AttributeError from error
+
+    image, extra = inputs()
+    small = shrink(own.Two().eval(), Encoding(image=image, extra=extra))
+    assert small(image=image, extra=extra)["classes"].shape == (2, 4) and report(small).realised is not None
 
 
 def test_a_layer_is_never_emptied():
@@ -423,7 +450,7 @@ def test_a_network_of_which_nothing_can_go_says_so_with_a_budget_too(caplog):
     )
     with pytest.raises(ConfigError) as raised:
         shrink(Stuck(), example, budget={"macs": 0.5}, warn=False)
-    assert str(raised.value) == f"granularity.budget.macs=0.5 cannot be met: {line}"
+    assert str(raised.value) == f"budget.macs=0.5 cannot be met: {line}"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from prune_cli.masks import Masks
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure import slicing, surgery
 from prune_cli.structure.follow import analyse
+from prune_cli.structure.lineage import Shrunk
 from prune_cli.structure.plan import Family, Plan
 from prune_cli.structure.prunable import computed_weight, is_table, owner, target
 from prune_cli.structure.whole import in_words, whole
@@ -99,9 +100,7 @@ class Filter(Units):
         """A smaller dense tensor, and one bit per channel: of weights, and of the biases and norms that go along."""
         return {name: MaskFormat("filters") for name, _ in model.named_parameters()}
 
-    def shrink(
-        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
-    ) -> surgery.Shrunk:
+    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None) -> Shrunk:
         """The network without the channels of which the masks leave nothing."""
         found = plan() if plan else analyse(model, example_inputs)
         return surgery.remove_units(model, found, kept_units(model, found, masks))
@@ -152,6 +151,8 @@ def _shortfall(context: Context, plan: Plan) -> list[str]:
     what = f"only {going} of {could} channels can go" if going else "nothing can be removed"
     if stay:
         return [f"{what}; these stay whole: {in_words(stay)}"]
+    if not context.prunable and not context.bare:
+        return [f"{what}: there is no convolution, no linear layer and no other parameter that makes channels"]
     return [f"{what}: all other channels are the network's outputs, or coupled with layers that stay"]
 
 

@@ -27,7 +27,7 @@ from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure import rebuild, slicing, surgery
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.interpreter import call_model
-from prune_cli.structure.lineage import Replacement
+from prune_cli.structure.lineage import Replacement, Shrunk
 from prune_cli.structure.modes import evaluating
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.prunable import targets
@@ -89,9 +89,7 @@ class Stripe(Units):
             return dict(masks)
         return masking.joined(masks, slicing.structured_masks(model, found, _living(found, masks)))
 
-    def shrink(
-        self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None
-    ) -> surgery.Shrunk:
+    def shrink(self, model: nn.Module, example_inputs: Any, masks: Masks, plan: FindPlan | None = None) -> Shrunk:
         """The network without filters of which the masks leave nothing, its convolutions of the stripes they leave.
 
         Convolutions that stripes cannot replace (`stripes.fitting`) keep their masks.

@@ -18,9 +18,9 @@ from prune_cli.errors import ConfigError
 from prune_cli.masks import Masks
 from prune_cli.measure.storage import MaskFormat
 from prune_cli.structure.follow import analyse
+from prune_cli.structure.lineage import Shrunk
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.prunable import bare, targets
-from prune_cli.structure.surgery import Shrunk
 
 FindPlan = Callable[[], Plan]
 """Gives the channel plan of a network that is analysed once for many choices."""

@@ -181,7 +181,7 @@ class Granularity:
             )
         if self.scope == "global" and len(set(asked.values())) > 1:
             raise ConfigError(
-                "granularity.scope=global ranks all layers together: rules may exclude, but not set ratios"
+                "granularity.scope=global ranks all layers together: some may be left out, but none has a ratio of its own"
             )
         self._check_scope(criterion)
         if isinstance(self.max_ratio, dict):

@@ -21,7 +21,7 @@ from prune_cli.structure import propagate
 from prune_cli.structure.interpreter import Example, Modules
 from prune_cli.structure.labels import DECIDES, OUTPUTS, Constraints, flat, labelling_of
 from prune_cli.structure.looks import Looks
-from prune_cli.structure.modules import named_tensors, refuse_compiled, walk
+from prune_cli.structure.modules import named_tensors, refuse_fixed, walk
 from prune_cli.structure.operators.statistics import labels_in
 from prune_cli.structure.plan import AxisOf, Family, Plan, Tally
 from prune_cli.structure.prunable import owner
@@ -38,7 +38,7 @@ FLIPS = 6  # conditions that are answered the other way, one at a time
 def labelled(model: nn.Module, example: Example, fallbacks: Fallbacks, refused: tuple[str, ...]) -> Plan:
     """Executes the network on labels and solves what was said."""
     modules = walk(model)
-    refuse_compiled(modules)
+    refuse_fixed(modules)
     constraints = Constraints()
     parameters = propagate.mark_parameters(model, modules, constraints, fallbacks.tied)
     run = _Run(model, example, modules, fallbacks, constraints)
@@ -46,6 +46,11 @@ def labelled(model: nn.Module, example: Example, fallbacks: Fallbacks, refused: 
         run.evaluate()
         if fallbacks.training or any(id(tensor) not in run.used for tensor, _ in parameters.values()):
             run.train()  # an auxiliary head, for example
+        if parameters and run.used.isdisjoint(id(tensor) for tensor, _ in parameters.values()):
+            raise SurgeryError(
+                "no parameter of the model takes part when it is called; give the network itself, not what holds it and calls "
+                "a copy"
+            )
         # A buffer is no layer: those that forward never reads (kept for a later call) say nothing about what runs.
         idle = [
             name
@@ -138,6 +143,11 @@ class _Run:
     def _execute(self, looks: Looks, constraints: Constraints) -> tuple[set[int], propagate.Labeller]:
         labeller = propagate.Labeller(self.modules, constraints, looks.trace, self.fallbacks, looks)
         outputs = tracing.execute(self.model, self.example, labeller, looks.trace.training)
+        if not outputs:
+            raise SurgeryError(
+                "the model returns no tensors, so nothing says what must stay; have it return what it computes"
+            )
+        looks.trace.outputs = [tuple(output.shape) for output in outputs]
         constraints.begin(OUTPUTS, "")
         for output in outputs:
             for label in (*labelling_of(output).labels, *labels_in(output)):

@@ -55,6 +55,11 @@ def query_projection(module: nn.Module) -> str | None:
     return square
 
 
+def known(module: nn.Module | None) -> bool:
+    """Whether this is attention whose code is known here."""
+    return type(module).__name__ in TIED_ATTENTION
+
+
 def scales_queries(module: nn.Module | None) -> bool:
-    """Whether a factor in this module's code can be folded into the weight that makes its queries."""
+    """Whether a factor in this module's code may go into the weight that makes its queries."""
     return module is not None and code_of(module) != "" and query_projection(module) is not None

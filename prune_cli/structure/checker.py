@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.errors import first_line
-from prune_cli.structure import interpreter
-from prune_cli.structure.attention import scales_queries
+from prune_cli.structure import attention, interpreter
 from prune_cli.structure.interpreter import FREE, LOCAL, Modules, Refused, Tracer, numbers_of, scalar_of
 from prune_cli.structure.labels import NOTHING, Kind, Labelling, beside_labels, varied
 from prune_cli.structure.looks import replayed
@@ -33,13 +32,14 @@ MANY = 1000  # refusals of one run, after which it ends
 class Checker(Tracer):
     """Executes the small network and compares every step with the dense one."""
 
-    def __init__(self, modules: Modules, trace: Trace, keep: Tensor, *, training: bool):
+    def __init__(self, modules: Modules, trace: Trace, keep: Tensor, *, training: bool, unscaled: bool = False):
         super().__init__(modules)
-        self.training = training
+        self.training, self.unscaled = training, unscaled
         self.trace, self.keep = trace, keep  # keep[variable + 1], ANY first
         self.sizes: dict[int, tuple[int, ...] | None] = {}  # by identity of a label, which the trace keeps alive
         self.scales: dict[str, float] = {}  # layer -> change of the numbers that it multiplies by
         self.refusals: list[Refused] = []
+        self.constants: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []  # of another size: step, old, new shape
 
     def patches(self) -> ExitStack:
         replaced = super().patches()
@@ -123,16 +123,21 @@ class Checker(Tracer):
         if step.name != name and {step.name, name} != RESHAPES:
             raise Refused(self.ordinal, self.layer, name, f"the dense network runs {step.name} here")
         if step.scalar is not None and (now := scalar_of(name, args)) and now != step.scalar:
-            if name not in ("mul", "div") or not scales_queries(self.stack[-1][1]):
+            scales = attention.known if self.unscaled else attention.scales_queries
+            if name not in ("mul", "div") or not scales(self.stack[-1][1]):
                 raise Refused(self.ordinal, self.layer, name, f"its number was {step.scalar:.6g} and became {now:.6g}")
             self.scales[self.layer] = self.scales.get(self.layer, 1.0) * now / step.scalar
         if step.numbers:
             numbers = numbers_of(name, args, kwargs)
+            if name == "native_group_norm" and step.numbers[0] == args[6]:  # one channel may be left in every group
+                numbers = step.numbers[:1] + numbers[1:]
             if numbers != step.numbers and repr(numbers) != repr(step.numbers):  # nan is not equal to itself
                 raise Refused(self.ordinal, self.layer, name, f"its numbers were {step.numbers} and became {numbers}")
         outs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
         for tensor, (shape, labelling) in zip(outs, step.outs, strict=True):
             if labelling.kind is Kind.UNIFORM and not labelling.labels:
+                if tuple(tensor.shape) != shape and FREE not in shape:
+                    self.constants.append((self.ordinal, shape, tuple(tensor.shape)))
                 continue
             expected = self.shape(shape, labelling)
             if expected is None or not _fits(tensor.shape, expected):
@@ -154,6 +159,25 @@ class Checker(Tracer):
             return None
         self.ordinal += 1
         return self.trace.steps[min(self.ordinal, len(self.trace.steps) - 1)]
+
+    def returned_constants(self, outputs: Sequence[Tensor]) -> None:
+        """Refuses where a constant that the model returns has another size: a size of channels that no label follows."""
+        for want, tensor in zip(self.trace.outputs, outputs, strict=False):
+            now = tuple(tensor.shape)
+            made = next((at for at, old, new in reversed(self.constants) if (old, new) == (want, now)), None)
+            if made is None or len(want) != len(now):
+                continue
+            sizes = {(a, b) for a, b in zip(want, now, strict=True) if a != b}
+            for ordinal in range(made, -1, -1):  # the channels that were counted last
+                step = self.trace.steps[ordinal]
+                if any(self._lost(shape, labelling) & sizes for shape, labelling in step.outs):
+                    self.refusals.append(
+                        Refused(ordinal, step.layer, step.name, f"the model returns {now}, not {want}")
+                    )
+                    break
+
+    def _lost(self, shape: tuple[int, ...], labelling: Labelling) -> set[tuple[int, int]]:
+        return set(zip(shape, self.shape(shape, labelling) or shape, strict=True))
 
     def shape(self, shape: tuple[int, ...], labelling: Labelling) -> tuple[int, ...] | None:
         """The shape of a tensor after removal, None where what is kept is not a product."""
@@ -195,6 +219,8 @@ class Checker(Tracer):
                 raise Refused(self.ordinal, self.layer, step.name, "what is kept is not a product")
             if any(len(m.labels) != len(labelling.labels) for _, m in step.outs):
                 continue
+            if any(len(varied(m.labels[number])) < len(varied(label)) for _, m in step.outs):
+                continue  # all positions along the axis live or die together
             if step.name == "constant_pad_nd":
                 got = _padded(small, label, args[1]).expand(outs[0].shape)
             else:
@@ -260,9 +286,10 @@ def examine(
     scales: dict[str, float] = {}
     refusals: list[Refused] = []
     for number, dense in enumerate(plan.traces):
-        checker = Checker(modules, dense, of_variable, training=training or dense.training)
+        trains, unscaled = training or dense.training, plan.fallbacks.unscaled
+        checker = Checker(modules, dense, of_variable, training=trains, unscaled=unscaled)
         try:
-            interpreter.execute(small, plan.example, checker, checker.training)
+            checker.returned_constants(interpreter.execute(small, plan.example, checker, checker.training))
         except Refused as error:
             checker.refusals.append(error)
         for refusal in checker.refusals:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from prune_cli.progress import busy
-from prune_cli.structure import attention, checker, slicing
+from prune_cli.structure import attention, checker, scales, slicing
 from prune_cli.structure.analysis import labelled
 from prune_cli.structure.interpreter import Example, Refused
 from prune_cli.structure.keep import spared
@@ -63,13 +63,15 @@ def analyse(model: nn.Module, example_inputs: Example) -> Plan:
         The plan. The channels of the model's outputs are fixed.
 
     Raises:
-        SurgeryError: the model does not run on the example inputs, or a part of it is TorchScript.
+        SurgeryError: the model does not run on the example inputs, or a part of it is compiled or has no values.
     """
     plan = labelled(model, example_inputs, Fallbacks(), ())
     for line in plan.refused:
         log.warning("%s", line)
     if any(trace.literal for trace in plan.traces) or _unseen_training(plan):
-        plan = follow(model, plan, _trial)[0]
+        plan, keep, changes = follow(model, plan, _trial)
+        if not scales.are_undone(model, plan, keep, changes):
+            plan = follow(model, replace(plan, fallbacks=replace(plan.fallbacks, unscaled=True)), _trial)[0]
     return plan
 
 
@@ -93,16 +95,16 @@ def follow(
         keep = choose(plan)
         small = slicing.hollow(model, plan, keep)
         trained = _unseen_training(plan)
-        refusals, scales = checker.examine(small, plan, keep, training=trained)
+        refusals, changes = checker.examine(small, plan, keep, training=trained)
         if refusals and trained:  # training runs other code than evaluation, or none
-            refusals, scales = checker.examine(small, plan, keep)
+            refusals, changes = checker.examine(small, plan, keep)
             if not refusals:
                 plan = labelled(model, plan.example, replace(plan.fallbacks, training=True), plan.refused)
                 continue
         for error in refusals:
             log.debug("not followed: %s", error)
         if not refusals:
-            return plan, keep, scales
+            return plan, keep, changes
         plan = _following(model, plan, keep, refusals) or _stricter(model, plan, refusals, number >= PATIENT)
     line = f"after {ROUNDS} attempts the model still does not run smaller: all its channels are kept"
     plan = labelled(model, plan.example, replace(plan.fallbacks, whole=True), (*plan.refused, line))

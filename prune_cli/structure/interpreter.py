@@ -21,12 +21,14 @@ from torch._higher_order_ops.cond import CondOp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from prune_cli.errors import SurgeryError, first_line
-from prune_cli.structure.labels import Kind, labelling_of
+from prune_cli.structure.labels import Kind, Work, labelling_of
 from prune_cli.structure.modules import may_train_otherwise
 from prune_cli.structure.originals import Originals
+from prune_cli.structure.outputs import tensors_in
+from prune_cli.structure.recurrent import shorten
 from prune_cli.structure.shape_only import HEAVY, LIGHT, SHAPED, VIEWS, ZeroBlocks, product, shaped, skipped
 
 Example = Any  # a tensor, a tuple of positional arguments or a dict of keyword arguments
@@ -139,7 +141,13 @@ class Tracer(TorchDispatchMode):
         # `torch.cond` compiles itself first; as what it means, an `if`, it says by itself which branch is not seen.
         replaced.enter_context(patch.object(torch, "compile", _uncompiled))
         replaced.enter_context(patch.object(CondOp, "__call__", _branch))
+        if not self.real:
+            shorten(replaced, self.counted)
         return replaced
+
+    def counted(self) -> list[Work]:
+        """The multiply-adds that were counted so far, to be changed in place."""
+        return []
 
     @property
     def layer(self) -> str:
@@ -210,9 +218,8 @@ def scalar_of(name: str, args: tuple[Any, ...]) -> float | None:
     number = args[1]
     if isinstance(number, Tensor):
         labelling = labelling_of(number)
-        number = (
-            number.item() if number.dim() == 0 and not labelling.labels and labelling.kind is not Kind.WEIGHT else None
-        )
+        known = labelling.kind is Kind.WEIGHT or getattr(number, "_prune_data", False)  # no width says it
+        number = None if number.dim() or labelling.labels or known else number.item()
     if not isinstance(number, (int, float)) or not number:
         return None
     return 1.0 / number if name == "div" else float(number)
@@ -362,17 +369,9 @@ def execute(model: nn.Module, example: Example, tracer: Tracer, training: bool) 
     tracer.begin(inputs)
     with _quiet(tracer, training):
         try:
-            return [t for t in tree_leaves(_plain(call_model(model, inputs))) if isinstance(t, Tensor)]
+            found = tensors_in(call_model(model, inputs))
         except (Refused, BrokenRule):
             raise
         except Exception as error:
             raise tracer.failed(f"{type(error).__name__}: {first_line(error)}"[:200]) from error
-
-
-def _plain(output: Any) -> Any:
-    """Opens objects such as Hugging Face's outputs, which behave like dicts."""
-    if isinstance(output, (Tensor, tuple, list, dict)):
-        return output
-    if hasattr(output, "items"):
-        return dict(output.items())
-    return list(vars(output).values()) if hasattr(output, "__dict__") else output
+    return [t if isinstance(t, Tensor) else torch.from_numpy(t.copy()) for t in found]

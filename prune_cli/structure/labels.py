@@ -87,6 +87,20 @@ def compact(label: Tensor, limit: int = 1 << 22) -> Tensor:
     return label.expand(shape)
 
 
+def distinct(labels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The labels without those of a whole tensor (all of one variable) that are fixed, or there already: sums and products
+    of such tensors would hold ever more of them."""
+    if len(labels) < 2:
+        return labels
+    found: dict[int, Tensor] = {}
+    for number, label in enumerate(labels):
+        whole = not varied(label) and label.numel()
+        variable = int(label[(0,) * label.dim()]) if whole else -1 - number
+        if not whole or variable > FIXED:
+            found.setdefault(variable, label)
+    return tuple(found.values())
+
+
 def along(values: Tensor, axis: int, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """Spreads a vector of labels along one axis of a shape."""
     view = [1] * len(shape)

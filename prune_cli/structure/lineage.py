@@ -6,8 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from torch import nn
+
 from prune_cli.errors import SurgeryError
 from prune_cli.layers.replacing import kind_named
+from prune_cli.structure.plan import Plan
 
 PARTS = ("kept", "attributes", "scales", "replaced")
 
@@ -172,3 +176,20 @@ def _composed(second: Lineage, first: Lineage) -> Lineage:
     for name, values in second.attributes.items():
         attributes.setdefault(name, {}).update(values)
     return Lineage(kept, attributes, scales)
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A small network and where it comes from.
+
+    Attributes:
+        model: the new module.
+        lineage: kept indices and attribute edits, relative to the network that was shrunk.
+        plan: the plan that was followed; it differs from the one asked when an operator could not follow.
+        keep: bool per unit id of that plan.
+    """
+
+    model: nn.Module
+    lineage: Lineage
+    plan: Plan
+    keep: np.ndarray

@@ -174,18 +174,34 @@ def may_train_otherwise(module: nn.Module) -> bool:
     return asks and (spells or bool(module._modules or module._parameters))
 
 
-def refuse_compiled(modules: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raises where a module is TorchScript, whose code and attributes cannot follow.
+def refuse_fixed(modules: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raises where the code of a module is compiled, so cannot follow other widths, or its weights have no values.
 
     Raises:
         SurgeryError: with the module's name.
     """
     for name, module in modules:
+        where = name or "the model"
         if isinstance(module, torch.jit.ScriptModule):
             raise SurgeryError(
-                f"{name or 'the model'} is TorchScript (torch.jit), whose widths are compiled in; give the Python module "
-                "that it was made from, and script the small network afterwards"
+                f"{where} is TorchScript (torch.jit), whose widths are compiled in; give the Python module that it was made "
+                "from, and script the small network afterwards"
             )
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module) and type(module).__name__ == "OptimizedModule":
+            raise SurgeryError(
+                f"{where} is compiled (torch.compile); give what it was made from, its _orig_mod, and compile the small "
+                "network afterwards"
+            )
+        if isinstance(module, torch.fx.GraphModule) and "eval" in vars(module):
+            raise SurgeryError(
+                f"{where} is a program of torch.export, whose widths are written down; give the Python module that it was "
+                "made from, and export the small network afterwards"
+            )
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                raise SurgeryError(
+                    f"{name}.{key} is on the meta device, without values; load the weights first".removeprefix(".")
+                )
 
 
 def walk(model: nn.Module, *, again: bool = False) -> list[tuple[str, nn.Module]]:

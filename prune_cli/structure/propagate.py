@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +27,17 @@ from prune_cli.structure.interpreter import (
     numbers_of,
     scalar_of,
 )
-from prune_cli.structure.labels import NOTHING, Constraints, Kind, Labelling, labelling_of, varied, vector
+from prune_cli.structure.labels import (
+    NOTHING,
+    Constraints,
+    Kind,
+    Labelling,
+    Work,
+    distinct,
+    labelling_of,
+    varied,
+    vector,
+)
 from prune_cli.structure.looks import Looks
 from prune_cli.structure.modules import lendable, may_train_otherwise, named_tensors, names_read
 from prune_cli.structure.operators.call import Call, Result, Unsupported, positive_axis, tensors
@@ -143,6 +154,9 @@ class Labeller(Tracer):
             replaced.enter_context(self.watch)
         return replaced
 
+    def counted(self) -> list[Work]:
+        return self.constraints.work
+
     def known(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], looks: bool) -> Any:
         return self.looks.answer(self, func, args, kwargs) if looks else None
 
@@ -258,7 +272,8 @@ class Labeller(Tracer):
 
     def _checked(self, tensor: Tensor, labelling: Labelling) -> Labelling:
         if all(label.shape == tensor.shape for label in labelling.labels):
-            return labelling
+            labels = distinct(labelling.labels)
+            return labelling if len(labels) == len(labelling.labels) else replace(labelling, labels=labels)
         for label in labelling.labels:
             self.constraints.freeze(label)
         return NOTHING

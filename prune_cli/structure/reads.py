@@ -131,7 +131,7 @@ def found_in(*values: Any) -> Iterator[Read]:
         sort = type(value)
         if sort is Read:
             yield value
-        elif sort is tuple or sort is list:
+        elif isinstance(value, (tuple, list)):  # also a torch.Size
             yield from found_in(*value)
         elif sort is slice:
             yield from found_in(value.start, value.stop, value.step)

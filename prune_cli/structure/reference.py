@@ -20,11 +20,14 @@ from prune_cli.errors import SurgeryError
 from prune_cli.structure import interpreter as tracing
 from prune_cli.structure.interpreter import Example, Modules, Tracer
 from prune_cli.structure.labels import NOTHING, Kind, flat, varied
+from prune_cli.structure.lineage import Shrunk
 from prune_cli.structure.modules import walk
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.slicing import channels_view, duplicate, kept_indices, magnitude_of
-from prune_cli.structure.surgery import Shrunk
 from prune_cli.structure.trace import Step, Trace
+
+TOLERANCE = 1e-4
+"""Largest difference of outputs, relative to the largest output: rounding in float32 stays far below."""
 
 
 class KeptNorms(Tracer):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,33 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.errors import SurgeryError
-from prune_cli.structure import attention, follow
+from prune_cli.structure import follow
 from prune_cli.structure.attributes import Edits, unread
 from prune_cli.structure.checker import examine
-from prune_cli.structure.lineage import Lineage
-from prune_cli.structure.modules import named_tensors, walk
+from prune_cli.structure.lineage import Lineage, Shrunk
+from prune_cli.structure.modules import named_tensors
 from prune_cli.structure.plan import Plan
 from prune_cli.structure.rebuild import rescale
+from prune_cli.structure.scales import factors
 from prune_cli.structure.slicing import as_tuples, cut, kept_indices, sliced
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Shrunk:
-    """A small network and where it comes from.
-
-    Attributes:
-        model: the new module.
-        lineage: kept indices and attribute edits, relative to the network that was shrunk.
-        plan: the plan that was followed; it differs from the one asked when an operator could not follow.
-        keep: bool per unit id of that plan.
-    """
-
-    model: nn.Module
-    lineage: Lineage
-    plan: Plan
-    keep: np.ndarray
 
 
 def remove_units(
@@ -75,7 +58,7 @@ def remove_units(
         for warning in plan.warnings[len(asked.warnings) :]:
             log.warning("%s", warning)
     _warn_of_unread(model, plan, found, kept)
-    scales = _scales(model, small, changes)
+    scales = factors(model, small, changes)
     rescale(small, scales)
     for name, parameter in named_tensors(model, again=False).items():
         if parameter.is_leaf and parameter.grad is not None and isinstance(parameter, nn.Parameter):
@@ -110,31 +93,6 @@ def translate(plan: Plan, keep: np.ndarray, other: Plan) -> np.ndarray:
             result[ids[stays]] = True
     result[0] = True
     return result
-
-
-def _scales(dense: nn.Module, small: nn.Module, changes: Mapping[str, float]) -> dict[str, tuple[float, ...]]:
-    """Factors of the query's rows that undo the change of a scale that attention derives from its width."""
-    found: dict[str, tuple[float, ...]] = {}
-    if not changes:
-        return found
-    named = named_tensors(small)
-    for name, module in walk(dense):
-        projection = attention.query_projection(module) if name in changes else None
-        if projection is None:
-            continue
-        weight = module.get_parameter(projection)
-        joint = weight.shape[0] != weight.shape[1]
-        prefix = f"{name}." if name else ""
-        queries = named[prefix + projection].shape[0] // (3 if joint else 1)
-        for local in (projection, _bias_of(projection)):
-            if prefix + local in named:
-                others = named[prefix + local].shape[0] - queries
-                found[prefix + local] = (1.0 / changes[name],) * queries + (1.0,) * others
-    return found
-
-
-def _bias_of(weight: str) -> str:
-    return "in_proj_bias" if weight == "q_proj_weight" else weight.removesuffix("weight") + "bias"
 
 
 def repoint(

@@ -77,10 +77,12 @@ class Trace:
         values: by number of the operator, what the small network is to find where code looks at values; None of a run
             without arithmetic.
         flips: which condition was answered the other way; -1 none.
+        outputs: the shapes of what the model returned.
     """
 
     kind: int
     steps: list[Step] = field(default_factory=list)
+    outputs: list[tuple[int, ...]] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     widths: list[tuple[str, tuple[int, ...], Tensor]] = field(default_factory=list)
     splits: list[tuple[str, tuple[Tensor, ...]]] = field(default_factory=list)  # layer, labels of the parts of an axis
@@ -113,6 +115,8 @@ class Fallbacks:
         compared: (module, attribute) that the code reads near an operator that failed while they did not follow.
         dropped: the same, of those whose following did not help.
         training: whether training mode is analysed too, whatever evaluation reaches.
+        unscaled: whether factors that attention derives from its width must stay, since the rows of its queries did not
+            undo a change; but for layers whose code is known.
         whole: whether everything is kept, since no part was found that can shrink.
     """
 
@@ -121,4 +125,5 @@ class Fallbacks:
     compared: frozenset[tuple[str, str]] = frozenset()
     dropped: frozenset[tuple[str, str]] = frozenset()
     training: bool = False
+    unscaled: bool = False
     whole: bool = False

@@ -1,14 +1,14 @@
 """From masks to a network that is really smaller, checked against the masked one, and back where masks are needed.
 
 The masks say which units are gone; the granularity's units know how to take them out. What comes back computes what
-the masked network computes, or it is an error.
+the masked network computes: channels without which it does not are kept, and where none could go it is an error.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -20,17 +20,17 @@ from prune_cli import masks as masking
 from prune_cli.errors import SurgeryError
 from prune_cli.layers.replacing import kind_named
 from prune_cli.masks import Masks
-from prune_cli.structure import reference
-from prune_cli.structure.lineage import Lineage
+from prune_cli.structure import reference, surgery
+from prune_cli.structure.culprits import TooManyTries, culprits
+from prune_cli.structure.lineage import Lineage, Shrunk
 from prune_cli.structure.modes import evaluating
-from prune_cli.structure.plan import Plan
+from prune_cli.structure.plan import Family, Plan
 from prune_cli.structure.slicing import duplicate
-from prune_cli.structure.surgery import Shrunk
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-TOLERANCE = 1e-4
-"""Largest difference of outputs, relative to the largest output: rounding in float32 stays far below."""
+TRIES = 40
+"""How many small networks are tried out to find the channels without which the two differ."""
 
 
 class Shrinks(Protocol):
@@ -50,11 +50,13 @@ class Small:
         model: the new module.
         masks: what the masks still remove inside the smaller tensors; empty where whole units were all they removed.
         lineage: how it descends from the dense network, over all rounds.
+        shrunk: what surgery did in this round; None where there was none.
     """
 
     model: nn.Module
     masks: dict[str, Tensor]
     lineage: Lineage
+    shrunk: Shrunk | None = None
 
 
 def shrink(
@@ -97,17 +99,69 @@ def checked(
 ) -> Small:
     """What surgery made of a network, after a look at whether the two agree; see `shrink`.
 
+    Families of channels without which they do not are kept, with a warning.
+
     Raises:
-        SurgeryError: they do not.
+        SurgeryError: they do not agree whatever is kept.
     """
+    many = list(check_on)
+    try:
+        _compare(model, shrunk, many)
+    except SurgeryError as error:
+        shrunk = _without_culprits(model, shrunk, many, error)
+    left = _left(masks, shrunk)
+    whole = shrunk.lineage if lineage is None else shrunk.lineage.after(lineage)
+    return Small(shrunk.model, {name: mask for name, mask in left.items() if not bool(mask.all())}, whole, shrunk)
+
+
+def _compare(model: nn.Module, shrunk: Shrunk, check_on: Sequence[Any]) -> None:
     with evaluating(model), evaluating(shrunk.model):
         for number, inputs in enumerate(check_on):
             _agree(model, shrunk, inputs)
             if not number:
                 _agree_on_others(model, shrunk, inputs)
-    left = _left(masks, shrunk)
-    whole = shrunk.lineage if lineage is None else shrunk.lineage.after(lineage)
-    return Small(shrunk.model, {name: mask for name, mask in left.items() if not bool(mask.all())}, whole)
+
+
+def _without_culprits(model: nn.Module, shrunk: Shrunk, check_on: Sequence[Any], error: SurgeryError) -> Shrunk:
+    """The small network with those families of channels kept without which it differs or does not run.
+
+    Raises:
+        SurgeryError: the one given, where they are not the reason, or nothing else would go.
+    """
+    plan, keep = shrunk.plan, shrunk.keep
+    going = [family for family in plan.families if not keep[family.units].all()]
+
+    def made(families: Sequence[Family]) -> Shrunk:
+        chosen = plan.everything()
+        for family in families:
+            chosen[family.units] = keep[family.units]
+        return surgery.remove_units(model, plan, chosen)
+
+    def holds(families: Sequence[Family]) -> bool:
+        try:
+            _compare(model, made(families), check_on)
+        except SurgeryError:
+            return False
+        return True
+
+    surgery.log.disabled = True  # it has said already what it would say again
+    try:
+        if shrunk.lineage.replaced or len(going) < 2 or holds(going) or not holds([]):
+            raise error
+        found = culprits(going, holds, TRIES)
+        rest = [family for family in going if all(family is not one for one in found)]
+        if not rest or not holds(rest):
+            raise error
+        small = made(rest)
+    except TooManyTries:
+        raise error from None
+    finally:
+        surgery.log.disabled = False
+    names = [family.name for family in found]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    why = str(error).partition("; keep the masks")[0]
+    log.warning("%s%s: all channels stay, since without some of them %s", ", ".join(names[:5]), more, why)
+    return small
 
 
 def variants(example: Any) -> Iterator[tuple[str, Any]]:
@@ -155,12 +209,12 @@ def _agree(model: nn.Module, shrunk: Shrunk, inputs: Any, where: str = "") -> No
     advice = "keep the masks (granularity.shrink=false) and report the network"
     try:
         worst = _outputs(reference.difference, model, shrunk, inputs)
-        if not worst <= TOLERANCE:  # what rounding decides (the order of scores) is decided alike in float64
+        if not worst <= reference.TOLERANCE:  # what rounding decides (the order of scores) is decided alike in float64
             worst = min(worst, _in_double(model, shrunk, inputs))
     except (SurgeryError, RuntimeError, IndexError, TypeError, ValueError) as error:
         raise SurgeryError(f"{' '.join(str(error).split())[:250]}{where}; {advice}") from error
     log.debug("masked and shrunk network differ by %.1e of the largest output%s", worst, where)
-    if not worst <= TOLERANCE:
+    if not worst <= reference.TOLERANCE:
         how = f"by {worst:.1e} of the largest output" if math.isfinite(worst) else "or gives what is no number"
         raise SurgeryError(f"the shrunk network differs from the masked one{where} {how}; {advice}")
 

@@ -104,6 +104,7 @@ class CutNorms(TorchDispatchMode):
         shapes = {name: tensor.shape for name, tensor in dense.named_parameters(remove_duplicate=False)}
         shapes |= {name: tensor.shape for name, tensor in dense.named_buffers(remove_duplicate=False)}
         self.gone: dict[int, set[frozenset[int]]] = {}
+        self.means: dict[int, tuple[Tensor, int, Tensor]] = {}  # by identity: of what is left along an axis
         for name, axes in kept.items():
             for axis, indices in axes.items():
                 size = shapes[name][axis]
@@ -208,11 +209,28 @@ class CutNorms(TorchDispatchMode):
         if axes is None or axes == []:
             axes = list(range(source.dim()))
         axes = [axes] if isinstance(axes, int) else axes
-        changed = False
+        rank, left = source.dim(), None
         for axis in axes:
             if (alive := self._alive(source, axis)) is not None:
-                source, changed = source.index_select(axis, alive), True
-        return func(source, *args[1:], **kwargs) if changed else None
+                source, left = source.index_select(axis, alive), (axis % rank, alive)
+        if left is None:
+            return None
+        found = func(source, *args[1:], **kwargs)
+        for one in found if isinstance(found, tuple) else (found,):
+            if one.dim() == rank:
+                self.means[id(one)] = (one, *left)
+        return found
+
+    def do_sub(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A difference from the mean of what is left is centred there, and 0 elsewhere still."""
+        if not isinstance(args[1], Tensor) or id(args[1]) not in self.means:
+            return None
+        _, axis, alive = self.means[id(args[1])]
+        if not isinstance(args[0], Tensor) or args[0].dim() <= axis or args[0].shape[axis] <= int(alive.max()):
+            return None
+        return torch.zeros_like(args[0]).index_copy_(
+            axis, alive, func(args[0].index_select(axis, alive), *args[1:], **kwargs)
+        )
 
     do_mean = do_var = do_var_mean = do_std = do_std_mean = _reduced
 

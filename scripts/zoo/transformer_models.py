@@ -40,7 +40,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "Phi3": {"pad_token_id": 0},
     "SqueezeBert": {"embedding_size": 32},
     "XGLM": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
-    "Xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+    "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
 }  # fmt: skip
 WITHOUT = {
     "Falcon": ("head_dim",),

@@ -70,6 +70,7 @@ TIMM = (
     "crossvit_tiny_240",
     "efficientvit_b0",
     "mambaout_femto",
+    "sequencer2d_s",
 )
 SIZES = {"inception_v3": 299, "maxvit_t": 224}
 DETECTION = (
@@ -141,6 +142,8 @@ def of_detection(name: str) -> tuple[nn.Module, Inputs]:
     options: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": 5}
     if not name.startswith("ssd"):
         options |= {"min_size": 96, "max_size": 128}
+    if "rcnn" in name:
+        options |= {"rpn_post_nms_top_n_test": 20, "box_detections_per_img": 4}  # a forward pass of keypoints takes 40 s else
     return OfImages(torchvision.models.get_model(name, **options)), lambda batch, g: torch.rand(
         batch, 3, 96, 96, generator=g
     )

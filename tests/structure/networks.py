@@ -38,7 +38,7 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def halve(model: nn.Module, inputs: Any, ratio: float = 0.5) -> surgery.Shrunk:
+def halve(model: nn.Module, inputs: Any, ratio: float = 0.5) -> lineage.Shrunk:
     """Prunes and checks everything that must hold for any network."""
     plan = analyse(model, inputs)
     before = copy.deepcopy(model.state_dict())

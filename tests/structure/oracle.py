@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prune_cli.structure import reference, surgery
 from prune_cli.structure.follow import analyse
 from prune_cli.structure.keep import lowest_units
+from prune_cli.structure.lineage import Shrunk
 
 
-def masked(model: nn.Module, shrunk: surgery.Shrunk) -> nn.Module:
+def masked(model: nn.Module, shrunk: Shrunk) -> nn.Module:
     """The dense network without what is gone; of a direction and a magnitude the magnitude alone."""
     dense = copy.deepcopy(model)
     named = dict(dense.named_parameters(remove_duplicate=False))
@@ -55,7 +56,7 @@ def inputs_like(example: Tensor) -> Iterator[Tensor]:
     yield -example
 
 
-def judged(model: nn.Module, shrunk: surgery.Shrunk, many: Sequence[Any]) -> None:
+def judged(model: nn.Module, shrunk: Shrunk, many: Sequence[Any]) -> None:
     """Asserts that small and masked network agree on all the inputs."""
     dense, small = masked(model, shrunk), copy.deepcopy(shrunk.model)
     for number, inputs in enumerate(many):
@@ -64,9 +65,7 @@ def judged(model: nn.Module, shrunk: surgery.Shrunk, many: Sequence[Any]) -> Non
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9, msg=lambda text, n=number: f"input {n}: {text}")
 
 
-def shrunk_and_judged(
-    model: nn.Module, example: Any, many: Sequence[Any] | None = None, ratio: float = 0.5
-) -> surgery.Shrunk:
+def shrunk_and_judged(model: nn.Module, example: Any, many: Sequence[Any] | None = None, ratio: float = 0.5) -> Shrunk:
     """Prunes, and asks the engine's own check as well as this one; the dense network stays bit for bit."""
     before = copy.deepcopy(model.state_dict())
     with limited(60):

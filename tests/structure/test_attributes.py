@@ -141,6 +141,11 @@ def unflattened(m: Any, x: Tensor) -> Tensor:
     return m.b(m.a(x).unflatten(1, (m.heads, m.size)).relu().flatten(1, 2))
 
 
+def added_to_a_size(m: Any, x: Tensor) -> Tensor:
+    x = m.a(x).movedim(1, -1)
+    return m.b(x.view(x.size()[:-1] + (m.heads, m.size)).relu().flatten(-2).movedim(-1, 1))  # noqa: RUF005
+
+
 def helper(block: Any, x: Tensor) -> Tensor:
     return x.view(len(x), block.o, -1)
 
@@ -182,6 +187,7 @@ CASES: dict[str, tuple[Build, tuple[int, ...], dict[str, Any], dict[str, Any]]] 
     "positions": (lambda: Body(position, **two(n=16)), (2, 3, 4, 4), {"n": 16}, {}),
     "modulo": (lambda: Body(modulo, **two(i=16, n=16)), (2, 3, 4, 4), {"i": 16, "n": 16}, {}),
     "unflatten": (lambda: Body(unflattened, **two(heads=4, size=4)), (2, 3, 4, 4), {}, {}),
+    "a size and a tuple": (lambda: Body(added_to_a_size, **two(heads=4, size=4)), (2, 3, 4, 4), {}, {"a.out_channels": 8}),
     "helper": (lambda: Body(by_helper, **two(block=Body(lambda m, x: x, o=16))), (2, 3, 4, 4), {}, {"block.o": 8}),
     "labels": (lambda: Body(both_sides, **two(num_labels=16)), (2, 3, 4, 4), {"num_labels": 16}, {}),
     "resize": (lambda: nn.Sequential(conv(3, 16), nn.Upsample(size=16), conv(16, 4)), (2, 3, 4, 4), {"1.size": 16}, {}),

@@ -14,7 +14,7 @@ from prune_cli import shrink
 from prune_cli.errors import SurgeryError
 from prune_cli.structure.follow import analyse
 from tests.structure.networks import conv, example, parameters, randomise
-from tests.structure.oracle import Body, shrunk_and_judged
+from tests.structure.oracle import Body, limited, shrunk_and_judged
 
 
 def ends(**held: Any) -> dict[str, Any]:
@@ -311,6 +311,33 @@ def test_what_only_training_runs_follows_or_stays(build: Callable[[], nn.Module]
     from tests.structure.oracle import judged
 
     judged(model, shrunk, [given, example(3, 3, 4, 4)])
+
+
+class Observer(nn.Module):
+    """Follows the range of what it sees while it is trained, as quantisation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("most", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.most = (self.most + x.exp().max()) / 2
+        return x
+
+
+def test_a_number_of_the_data_is_no_number_made_of_widths() -> None:
+    """Whose change, since the small network is followed without its values, says nothing."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.seen(m.a(x).relu())
+        return m.c(m.b(y).relu()) if not (x > 1e9).any() else y[..., :3]
+
+    model = randomise(Body(forward, seen=Observer(), **layers()))
+    with limited(20):
+        plan = analyse(model, example(4, 6))
+    assert not any("its number was" in line for line in plan.warnings)
+    assert shrunk_and_judged(model, example(4, 6)).model.b.out_features == 8
 
 
 def test_a_check_on_other_inputs_refuses_what_no_analysis_saw() -> None:

@@ -269,6 +269,11 @@ def test_numbers_made_of_widths_keep_their_channels_instead_of_a_refusal(name: s
     assert small.d.out_channels == 6 and small(example(3, 3, 8, 8)).shape == (3, 4)
 
 
+def test_one_channel_may_be_left_in_every_group_of_a_norm() -> None:
+    model = randomise(nn.Sequential(conv(3, 16), nn.GroupNorm(8, 16), nn.ReLU(), conv(16, 4)))
+    assert shrink(model, example(2, 3, 4, 4))[1].num_channels == 8
+
+
 # ------------------------------------------------------------------------------------------------ rounding
 def test_what_only_rounding_decides_is_compared_in_double() -> None:
     """The last bits of float32 decide what comes out, as in the order of scores after non-maximum suppression."""
@@ -311,6 +316,27 @@ def test_torchscript_is_refused_in_one_line(build: Callable[[], nn.Module]) -> N
         with pytest.raises(SurgeryError, match="TorchScript") as caught:
             function(model, given)
         assert "\n" not in str(caught.value)
+
+
+def exported() -> nn.Module:
+    return torch.export.export(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (torch.zeros(1, 4),)).module()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: torch.compile(nn.Linear(4, 2)), "^the model is compiled .torch.compile.; give .* _orig_mod"),
+        (lambda: nn.Sequential(nn.Linear(4, 8), torch.compile(nn.Linear(8, 2))), "^1 is compiled"),
+        (exported, "^the model is a program of torch.export"),
+        (lambda: nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2).to("meta")), "^1.weight is on the meta device"),
+    ],
+)
+def test_what_has_no_code_or_no_values_to_shrink_is_refused_in_one_line(
+    build: Callable[[], nn.Module], message: str
+) -> None:
+    with pytest.raises(SurgeryError, match=message) as caught:
+        shrink(build(), torch.zeros(1, 4))
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------- norms and gates

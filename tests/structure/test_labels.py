@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_cli.structure.labels import ANY, Constraints, along, compact, slim, varied, vector
+from prune_cli.structure.labels import ANY, FIXED, Constraints, along, compact, distinct, slim, varied, vector
 
 
 def components(count: int, pairs: list[tuple[int, int]]) -> list[set[int]]:
@@ -109,3 +109,10 @@ def test_tied_labels_broadcast_like_tensors():
     constraints.tie(rows.expand(2, 3), whole)
     classes = constraints.solve()
     assert (classes[whole.numpy()] == classes[rows.numpy()][None]).all() and np.unique(classes).size == 4
+
+
+def test_what_a_whole_tensor_says_is_not_said_again_and_again():
+    """Attention over one head, layer upon layer: labels that do not vary would double in number with every product."""
+    variables = [torch.tensor(one).expand(2, 3) for one in (5, 5, 7, FIXED, ANY)]
+    label = along(torch.arange(1, 4), 1, (2, 3))
+    assert [int(one[0, 0]) for one in distinct((label, *variables, label))] == [1, 5, 7, 1]

@@ -101,7 +101,7 @@ def merge(call: Call, shape: Sequence[int], operands: list[tuple[Labelling, Sequ
         operands: labelling of each operand, and the operand's shape as it is broadcast (same rank or shorter).
 
     Returns:
-        The labels of the output; labels that meet constant data are frozen and end here.
+        The labels of the output; labels that meet constant data along all of their axes are frozen and end here.
     """
     merged: list[tuple[Tensor, tuple[int, ...]]] = []
     for labelling, _ in operands:
@@ -123,9 +123,13 @@ def merge(call: Call, shape: Sequence[int], operands: list[tuple[Labelling, Sequ
         extents = {axis + offset for axis, n in enumerate(size) if n > 1}
         for label in labelling.labels:
             extents -= set(varied(align(label, shape)))
-        for label, axes in merged:
-            if extents & set(axes):
+        for number, (label, axes) in enumerate(merged):
+            met = extents & set(axes)
+            if met and met == set(axes):
                 call.constraints.freeze(label)
+            elif met:  # an axis was cut, and the constant varies along a part: whole heads
+                label = call.constraints.tie_along(label, tuple(met))
+                merged[number] = label, varied(label)
         merged = [item for item in merged if not extents & set(item[1])]
     return tuple(label for label, _ in merged)
 

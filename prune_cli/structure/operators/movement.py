@@ -161,7 +161,7 @@ def slices(call: Call) -> Result:
     labelling = labelling_of(source)
     for label in labelling.labels:
         if axis in varied(label) and kept < n:
-            _cut_part(call, label, axis, start, kept, step)
+            label = _cut_part(call, label, axis, start, kept, step)
         labels.append(
             label.narrow(axis, start, n - start)[(slice(None),) * axis + (slice(None, None, step),)].narrow(
                 axis, 0, kept
@@ -170,12 +170,14 @@ def slices(call: Call) -> Result:
     return replace(labelling, labels=tuple(labels))
 
 
-def _cut_part(call: Call, label: Tensor, axis: int, start: int, kept: int, step: int) -> None:
+def _cut_part(call: Call, label: Tensor, axis: int, start: int, kept: int, step: int) -> Tensor:
     n = label.shape[axis]
     constraints = call.constraints
+    if call.level <= 1 and kept and varied(label) != (axis,):
+        return constraints.tie_along(label, (axis,))  # one axis of several that were cut: whole heads
     if varied(label) != (axis,) or call.level > 1 or kept == 0:
         constraints.freeze(label)
-        return
+        return label
     line = vector(label, axis)
     if call.level == 0 and step == 1:
         first, last = call.arg(2, "start") or 0, call.arg(3, "end")
@@ -191,6 +193,7 @@ def _cut_part(call: Call, label: Tensor, axis: int, start: int, kept: int, step:
         constraints.freeze(label)
     else:
         constraints.freeze(line[: start + kept] if start + kept < n else line[:start])
+    return label
 
 
 def split(call: Call) -> Result:
@@ -200,16 +203,19 @@ def split(call: Call) -> Result:
     axis = positive_axis(call.arg(2, "dim", 0), source.dim())
     labelling = labelling_of(source)
     sizes = [part.shape[axis] for part in outs]
-    for label in labelling.labels:
+    labels = list(labelling.labels)
+    for number, label in enumerate(labels):
         if axis not in varied(label) or len(outs) == 1:
             continue
-        if varied(label) != (axis,) or call.level:
+        if call.level:
             call.constraints.freeze(label)
+        elif varied(label) != (axis,):
+            labels[number] = call.constraints.tie_along(label, (axis,))  # as slices
         elif len(set(sizes)) == 1:
             call.constraints.product(vector(label, axis).reshape(len(sizes), -1))
         elif call.name != "split_with_sizes":
             call.constraints.freeze(label)
-    parts = [label.split(sizes, axis) for label in labelling.labels]
+    parts = [label.split(sizes, axis) for label in labels]
     return [replace(labelling, labels=tuple(part[i] for part in parts)) for i in range(len(outs))]
 
 
@@ -344,7 +350,7 @@ def pad(call: Call) -> Result:
 
 
 def index(call: Call) -> Result:
-    """Indexing with tensors: axes that carry labels and are indexed are frozen, the others move."""
+    """Indexing with tensors: along the axes that are indexed the positions of a label are one, the others move."""
     source, out = call.args[0], call.out
     labelling = labelling_of(source)
     if call.name == "index_select":
@@ -359,10 +365,10 @@ def index(call: Call) -> Result:
             axis += width
     labels = []
     for label in labelling.labels:
-        if axes & set(varied(label)):
-            call.constraints.freeze(label)
         if set(varied(label)) <= axes:
+            call.constraints.freeze(label)
             continue
+        label = call.constraints.tie_along(label, tuple(axes))
         if 0 in out.shape and out.dim() == source.dim() and len(axes) == 1:  # rows that the data choose: none here
             axis = next(iter(axes))
             labels.append(label.narrow(axis, 0, 1).expand(out.shape))
