@@ -34,6 +34,12 @@ CHOICES = "choices.json"
 COMPRESSED = "weights.compressed"
 NUMBERS = "numbers.json"
 LOG = "run.log"
+SEARCH = "search.csv"
+FRONT = "front.csv"
+SEARCH_PLOT = "search.svg"
+POLICY = "policy.safetensors"
+KEPT = "kept:"
+"""In front of a group's name: the column of search.csv that says how many of its units stay."""
 
 
 def remembered(tag: str) -> str:

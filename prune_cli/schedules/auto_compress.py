@@ -9,7 +9,7 @@ from pydantic import Field
 from prune_cli.schedules.choices import countable
 from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Mask, Project, Shrink, Train
-from prune_cli.schedules.schedule import Requests, trains_at_most
+from prune_cli.schedules.schedule import Requests, trains_at_most, tries_at_most
 from prune_cli.schedules.simulated_annealing import anneal
 
 
@@ -17,6 +17,7 @@ from prune_cli.schedules.simulated_annealing import anneal
     lambda rounds, iterations, epochs_per_iteration, epochs: rounds * iterations * epochs_per_iteration + epochs,
     tries=True,
 )
+@tries_at_most(lambda rounds, candidates: rounds * candidates)
 def auto_compress(
     problem: Problem,
     *,

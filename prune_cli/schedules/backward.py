@@ -8,7 +8,7 @@ from pydantic import Field
 
 from prune_cli.schedules.choices import countable
 from prune_cli.schedules.problem import Group, Problem
-from prune_cli.schedules.requests import Evaluate, Mask, Remember, Restore, Train
+from prune_cli.schedules.requests import ACCEPTED, Evaluate, Judge, Mask, Remember, Restore, Train
 from prune_cli.schedules.schedule import Requests
 
 BEFORE = "before"
@@ -41,6 +41,7 @@ def backward(
     """
     countable(problem, "backward")
     (reference,) = yield Evaluate([problem.whole])
+    yield Judge([ACCEPTED])
     groups = sorted(problem.groups, key=lambda group: group.depth, reverse=order == "backward")
     if order == "sensitivity":
         alone = yield Evaluate([{**problem.whole, **_target(problem, group)} for group in groups])
@@ -60,8 +61,10 @@ def backward(
                 yield Train(epochs)
             (score,) = yield Evaluate([trial])
             if score >= reference - delta or order == "all_at_once":
+                yield Judge([ACCEPTED])
                 kept = trial
                 break
+            yield Judge([f"loses {reference - score:.4g} points of at most {delta:g}"])
             yield Restore(BEFORE, masks=True)
 
 

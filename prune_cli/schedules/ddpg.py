@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import safetensors.torch
 import torch
 from scipy.stats import truncnorm
 from torch import Tensor, nn
@@ -75,6 +77,21 @@ class Agent:
     def remember(self, episode: list[Transition]) -> None:
         """Takes an episode to memory alone."""
         self._memory.extend(episode)
+
+    def policy(self) -> bytes:
+        """The actor's weights as a safetensors file."""
+        return safetensors.torch.save({name: value.contiguous() for name, value in self._actor.state_dict().items()})
+
+    def follow(self, policy: Mapping[str, Tensor]) -> None:
+        """Takes an actor's weights.
+
+        Raises:
+            RuntimeError: of another kind of actor, or weights that are not finite.
+        """
+        if not all(torch.isfinite(value).all() for value in policy.values()):
+            raise RuntimeError("weights that are not finite")
+        self._actor.load_state_dict(policy)
+        self._slow_actor.load_state_dict(policy)
 
     def _step(self) -> None:
         chosen = [self._memory[index] for index in self._generator.integers(len(self._memory), size=BATCH)]

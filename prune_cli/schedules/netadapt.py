@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import Field
 
 from prune_cli.errors import ScheduleError
 from prune_cli.schedules.choices import countable
-from prune_cli.schedules.problem import Problem
+from prune_cli.schedules.problem import Group, Problem
 from prune_cli.schedules.requests import Evaluate, Kept, Train
 from prune_cli.schedules.schedule import Requests, trains_at_most
 
@@ -46,25 +47,31 @@ def netadapt(
         )
     kept, reduction = problem.whole, step * cost
     while problem.cost(kept) > problem.budget:
-        proposals = _proposals(problem, kept, reduction)
-        scores = yield Evaluate(proposals, train=short_epochs, adopt=True)
-        kept = proposals[max(range(len(scores)), key=lambda index: scores[index])]
+        allowed = _allowed(problem, kept, reduction)
+        proposals = [_proposal(problem, kept, group, allowed) for group in problem.groups]
+        scores = yield Evaluate(proposals, train=short_epochs, adopt=True, within=allowed)
+        kept = max(zip(proposals, scores, strict=True), key=lambda one: -math.inf if one[1] is None else one[1])[0]
         reduction *= decay
     if long_epochs:
         yield Train(long_epochs)
 
 
-def _proposals(problem: Problem, kept: Kept, reduction: float) -> list[dict[str, int]]:
-    """For every group that can give as much, a choice that costs less by `reduction`, or by what is left to the budget.
+def _proposal(problem: Problem, kept: Kept, group: Group, allowed: float) -> dict[str, int]:
+    """A choice that costs no more than is allowed by what one group gives; all that it can, where that is too little."""
+    found = problem.cheapen(kept, group, allowed)
+    return found or {**problem.whole, **kept, group.name: min(group.least, kept[group.name])}
 
-    Where none can, what is asked for is halved: a round always gets nearer.
+
+def _allowed(problem: Problem, kept: Kept, reduction: float) -> float:
+    """What a round's choice may cost: less by `reduction`, or by what is left to the budget.
+
+    Where no group can give as much, what is asked for is halved: a round always gets nearer.
     """
     cost = problem.cost(kept)
     while reduction > 0:
         allowed = max(cost - reduction, problem.budget)
-        found = [one for group in problem.groups if (one := problem.cheapen(kept, group, allowed)) is not None]
-        if found:
-            return found
+        if any(problem.cheapen(kept, group, allowed) is not None for group in problem.groups):
+            return allowed
         reduction = reduction / 2 if cost - reduction / 2 < cost else 0
     raise ScheduleError(
         f"schedule: nothing can shrink any more at {cost:g} {problem.quantity}, but {problem.budget:g} are asked for; give a "

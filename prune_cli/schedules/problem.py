@@ -233,6 +233,10 @@ class Problem:
             return self.arithmetic.milliseconds(vector)
         return self.arithmetic.total(wanted, vector)
 
+    def fraction(self, kept: Kept) -> float:
+        """What a choice leaves of the target's quantity, of everything that there is."""
+        return self.cost(kept) / max(self.cost(self.whole), 1e-12)
+
     def masked(self, kept: Kept) -> Problem:
         """What there is to choose from when the others of these groups are masked for good."""
         groups = (replace(group, whole=kept.get(group.name, group.whole)) for group in self.groups)

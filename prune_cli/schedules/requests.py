@@ -177,10 +177,46 @@ class Project:
     kept: Kept | None = None
 
 
-Request = Mask | Train | Regrow | Evaluate | Remember | Restore | Shrink | Project
+ACCEPTED = "accepted"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Say what became of the candidates of the last `Evaluate`, for the search's table. Answer: None.
+
+    Attributes:
+        verdicts: one per candidate: `accepted`, or the reason why not. Where a search says nothing, the table has what can
+            be seen: whether it was adopted, or cost too much.
+    """
+
+    verdicts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Leave a file in the stage's folder when it is done. Answer: None.
+
+    Attributes:
+        name: of the file.
+        content: what is in it.
+    """
+
+    name: str
+    content: bytes
+
+
+Request = Mask | Train | Regrow | Evaluate | Remember | Restore | Shrink | Project | Judge | Leave
+
+LOOKING = (Evaluate, Judge, Leave)
+"""Requests that are about candidates and files."""
+
+
+def changes(request: Request) -> bool:
+    """Whether the network, its masks or what belongs to them may be others after a request."""
+    return request.adopt if isinstance(request, Evaluate) else not isinstance(request, LOOKING)
 
 
 def fingerprint(request: Request) -> str:
     """16 hex digits that are equal for equal requests; a schedule whose code changed asks something else."""
-    text = json.dumps([type(request).__name__, asdict(request)], sort_keys=True)
+    text = json.dumps([type(request).__name__, asdict(request)], sort_keys=True, default=bytes.hex)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar
 
 from prune_cli.schedules.problem import Problem
@@ -22,7 +22,7 @@ Requests = Generator[Request, Any, None]
 Schedule = Callable[[Problem], Requests]
 """A schedule with its parameters bound."""
 
-BOUND, TRIES = "most_epochs", "tries_candidates"
+BOUND, TRIES, CANDIDATES = "most_epochs", "tries_candidates", "most_candidates"
 
 Function = TypeVar("Function", bound=Callable[..., Requests])
 
@@ -43,16 +43,40 @@ def trains_at_most(epochs: Callable[..., int], *, tries: bool = False) -> Callab
     return declare
 
 
+def tries_at_most(candidates: Callable[..., int]) -> Callable[[Function], Function]:
+    """Declares how many candidates a search scores at most.
+
+    Args:
+        candidates: called with those of the schedule's parameters that it names, and with `problem` where it names that.
+    """
+
+    def declare(schedule: Function) -> Function:
+        setattr(schedule, CANDIDATES, candidates)
+        return schedule
+
+    return declare
+
+
 def most_epochs(schedule: Schedule) -> int | None:
     """Epochs that a schedule trains at most; None where it does not say."""
+    return _declared(schedule, BOUND, {})
+
+
+def most_candidates(schedule: Schedule, problem: Problem) -> int | None:
+    """Candidates that a schedule scores at most; None where it does not say."""
+    return _declared(schedule, CANDIDATES, {"problem": problem})
+
+
+def _declared(schedule: Schedule, what: str, known: Mapping[str, Any]) -> int | None:
     function = _function(schedule)
-    bound: Callable[..., int] | None = getattr(function, BOUND, None)
+    bound: Callable[..., int] | None = getattr(function, what, None)
     if bound is None:
         return None
     given = schedule.keywords if isinstance(schedule, functools.partial) else {}
     parameters = inspect.signature(function).bind_partial(**given)
     parameters.apply_defaults()
-    return bound(**{name: parameters.arguments[name] for name in inspect.signature(bound).parameters})
+    values = {**parameters.arguments, **known}
+    return bound(**{name: values[name] for name in inspect.signature(bound).parameters})
 
 
 def tries(schedule: Schedule) -> bool:

@@ -9,11 +9,12 @@ from pydantic import Field
 
 from prune_cli.schedules.choices import countable, scaled
 from prune_cli.schedules.problem import Problem
-from prune_cli.schedules.requests import Evaluate, Kept, Mask, Train
-from prune_cli.schedules.schedule import Requests, trains_at_most
+from prune_cli.schedules.requests import ACCEPTED, Evaluate, Judge, Kept, Mask, Train
+from prune_cli.schedules.schedule import Requests, trains_at_most, tries_at_most
 
 
 @trains_at_most(lambda rounds, epochs: rounds * epochs, tries=True)
+@tries_at_most(lambda problem, grid, rounds: rounds * (1 + len(problem.groups) * len(grid)))
 def sensitivity(
     problem: Problem,
     *,
@@ -25,12 +26,13 @@ def sensitivity(
     """Looks in each round how much each group may lose alone, and takes off in that proportion what the budget asks.
 
     The last safe ratio of a group is the largest of the grid at which, and below which, the accuracy on held-out images
-    falls by at most `delta` of what it is in the round's beginning.
+    falls by at most `delta` of what it is in the round's beginning. Where the budget asks for more than all of them, more is
+    allowed to be lost, the same of every group: none goes beyond what was looked at while another could.
 
     Args:
         problem: what is pruned.
         grid: fractions of what a group still has that are tried.
-        delta: points of accuracy in percent.
+        delta: points of accuracy in percent that are safe.
         rounds: each takes the same share of what is left.
         epochs: of recovery after each round, a training of its own.
 
@@ -45,19 +47,37 @@ def sensitivity(
         )
         trials = [_less(problem, kept, name, ratio) for name in kept for ratio in sorted(grid)]
         scores = yield Evaluate([kept, *trials])
-        safe = _last_safe(list(kept), sorted(grid), scores[1:], scores[0] - delta)
-        left = np.array([kept[group.name] / group.units for group in problem.groups])
-        goal = left * (1 - np.array([safe[group.name] for group in problem.groups]))
-        kept = scaled(problem, goal, begin=left, allowed=allowed)
+        yield Judge([ACCEPTED, *(_verdict(score, scores[0], delta) for score in scores[1:])])
+        kept = _choice(problem, kept, sorted(grid), scores, delta, allowed)
         yield Mask(kept=kept)
         if epochs:
             yield Train(epochs)
+
+
+def _choice(
+    problem: Problem, kept: Kept, grid: list[float], scores: list[float], delta: float, allowed: float
+) -> dict[str, int]:
+    """The dearest choice that is allowed on the way from what there is, through what is safe, to what loses more."""
+    names = [group.name for group in problem.groups]
+    left = np.array([kept[group.name] / group.units for group in problem.groups])
+    lower = sorted({score for score in scores[1:] if score < scores[0] - delta}, reverse=True)
+    begin = goal = left
+    for least in [scores[0] - delta, *lower]:
+        safe = _last_safe(list(kept), grid, scores[1:], least)
+        begin, goal = goal, left * (1 - np.array([safe[name] for name in names]))
+        if problem.cost(problem.counts(dict(zip(names, goal.tolist(), strict=True)))) <= allowed:
+            return scaled(problem, goal, begin=begin, allowed=allowed)
+    return scaled(problem, goal, begin=goal, allowed=allowed)
 
 
 def _less(problem: Problem, kept: Kept, name: str, ratio: float) -> dict[str, int]:
     group = problem.group(name)
     fewer = problem.counts({name: kept[name] / group.units * (1 - ratio)})[name]
     return {**kept, name: min(fewer, kept[name])}
+
+
+def _verdict(score: float, whole: float, delta: float) -> str:
+    return ACCEPTED if score >= whole - delta else f"loses {whole - score:.4g} points of at most {delta:g}"
 
 
 def _last_safe(names: list[str], grid: list[float], scores: list[float], least: float) -> dict[str, float]:

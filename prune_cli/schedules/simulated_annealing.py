@@ -11,11 +11,12 @@ from pydantic import Field
 
 from prune_cli.schedules.choices import countable, scaled
 from prune_cli.schedules.problem import Problem
-from prune_cli.schedules.requests import Evaluate, Mask, Request, Train
-from prune_cli.schedules.schedule import Requests, trains_at_most
+from prune_cli.schedules.requests import ACCEPTED, Evaluate, Judge, Mask, Request, Train
+from prune_cli.schedules.schedule import Requests, trains_at_most, tries_at_most
 
 
 @trains_at_most(lambda epochs: epochs, tries=True)
+@tries_at_most(lambda candidates: candidates)
 def simulated_annealing(
     problem: Problem,
     *,
@@ -73,6 +74,7 @@ def anneal(
     now = np.full(len(problem.groups), 0.5)
     kept = scaled(problem, now, allowed=allowed)
     (score,) = yield Evaluate([kept], train=short_epochs)
+    yield Judge([ACCEPTED])
     best, best_score = kept, score
     cooling = (min(stop_temperature, start_temperature) / start_temperature) ** (1 / max(candidates - 2, 1))
     temperature = start_temperature
@@ -83,6 +85,9 @@ def anneal(
         (found,) = yield Evaluate([kept], train=short_epochs)
         if accepted(found - score, temperature, generator):
             now, score = moved, found
+            yield Judge([ACCEPTED])
+        else:
+            yield Judge([f"{score - found:.4g} points worse, at a temperature of {temperature:.3g}"])
         if found > best_score:
             best, best_score = kept, found
         temperature *= cooling

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from prune_cli import masks as masking
-from prune_cli.data.dataset import Batch
 from prune_cli.errors import Interrupted, ScheduleError
-from prune_cli.granularities.units import Group
 from prune_cli.measure.accuracy import accuracy
-from prune_cli.pipeline.state import State, derive_seed
-from prune_cli.schedules.requests import Evaluate, Kept
-from prune_cli.selection.select import Selection, counted
-from prune_cli.session.learning import EVALUATION_BATCH
+from prune_cli.pipeline.state import derive_seed
+from prune_cli.progress import Shown, shown
+from prune_cli.schedules.requests import Evaluate
+from prune_cli.session.bench import Bench, Key, copied, held_out
+from prune_cli.session.passes import Weights
 from prune_cli.session.session import Session
 from prune_cli.structure.modes import evaluating
-from prune_cli.training.batch_norm import has_statistics, recalibrate_bn
 from prune_cli.training.fit import Progress
 
 log = logging.getLogger(__name__)
 
-QUIET = 10.0  # least seconds between two lines of progress
-PART = 10  # one of so many training images is looked at where none are held out
-
 Score = float | None
-Weights = dict[str, Tensor]
 
 
 def evaluate(
@@ -38,14 +31,14 @@ def evaluate(
     request: Evaluate,
     position: int,
     known: Mapping[int, Score],
-    note: Callable[[int, Score], None],
+    note: Callable[[int, Score, float], None],
 ) -> list[Score]:
     """A score per candidate; with `adopt` the best stays.
 
     Args:
         position: of the request among all, for its random numbers.
         known: scores of candidates that an earlier run of the stage has evaluated.
-        note: told of every new score at once, on every rank.
+        note: told of every new score at once, with the seconds that it took, on every rank.
 
     Raises:
         Interrupted: the user asked to stop; what is known by then was noted.
@@ -58,53 +51,102 @@ def evaluate(
             "%s: candidates are scored on a part of the training images, as dataset.val=0 leaves no others; set dataset.val "
             "to a fraction", session.state.stage,
         )  # fmt: skip
-    problem, trial = session.problem, _Trial(session, request, position)
+    trial, candidates = _Trial(session, request, position), request.candidates
     scores = dict(known)
-    for index, kept in enumerate(request.candidates):
-        if request.within is not None and problem.cost(kept) > request.within:
+    for index, kept in enumerate(candidates):
+        if request.within is not None and session.problem.cost(kept) > request.within:
             scores[index] = None
-    with _as_before(session.model, trial.weights):
-        left = [index for index in range(len(request.candidates)) if index not in scores]
-        _in_turns(session, trial, left, scores, note)
-    found = [scores[index] for index in range(len(request.candidates))]
+    session.tally.known(*_told(session, request, scores))
+    with _as_before(session.model, trial.bench.weights):
+        _in_turns(session, trial, [index for index in range(len(candidates)) if index not in scores], scores, note)
+    found = [scores[index] for index in range(len(candidates))]
     if request.adopt:
         adopt(session, request, position, found, trial)
     return found
 
 
 def _in_turns(
-    session: Session, trial: _Trial, left: list[int], scores: dict[int, Score], note: Callable[[int, Score], None]
+    session: Session,
+    trial: _Trial,
+    left: Sequence[int],
+    scores: dict[int, Score],
+    note: Callable[[int, Score, float], None],
 ) -> None:
-    """Every process tries one candidate, then all hear of all."""
-    world, progress = session.state.world, _Progress(session.state.stage, len(left))
-    for start in range(0, len(left), world.size):
-        turn = left[start : start + world.size]
-        own = torch.zeros(len(turn), dtype=torch.double)
-        if world.rank < len(turn):
-            own[world.rank] = trial(turn[world.rank])
-        for index, score in zip(turn, world.total(own).tolist(), strict=True):
-            scores[index] = score
-            note(index, score)
-        progress.tell(len(turn), [score for score in scores.values() if score is not None])
-        if index != left[-1] and world.any(session.state.interrupted()):
-            raise Interrupted(
-                f"stopped in {session.state.stage} between two candidates; the same command goes on there"
-            )
+    """Every process tries one candidate, then all hear of all; one whose score is known already is not run."""
+    world = session.state.world
+    new = trial.new(left)
+    trial.expect(new)
+    with shown(f"{session.state.stage}: search", session.tally.total) as bar:
+        session.tally.begin()
+        for start in range(0, len(new), world.size):
+            turn = new[start : start + world.size]
+            own = torch.zeros(2, len(turn), dtype=torch.double)
+            if world.rank < len(turn):
+                began = time.monotonic()
+                own[0, world.rank] = trial(turn[world.rank])
+                own[1, world.rank] = time.monotonic() - began
+            found, seconds = world.total(own).tolist()
+            for index, score, spent in zip(turn, found, seconds, strict=True):
+                scores[index] = trial.take(index, score)
+                note(index, score, spent)
+            _tell(session, trial, turn, found, bar)
+            if turn[-1] != left[-1] and world.any(session.state.interrupted()):
+                raise Interrupted(
+                    f"stopped in {session.state.stage} between two candidates; the same command goes on there"
+                )
+        again = [index for index in left if index not in scores]
+        for index in again:
+            scores[index] = trial.bench.known[trial.key(index)]
+            note(index, scores[index], 0.0)
+        _tell(session, trial, again, [trial.bench.known[trial.key(index)] for index in again], bar)
 
 
-def best_of(scores: list[Score]) -> int:
+def _tell(session: Session, trial: _Trial, turn: Sequence[int], scores: Sequence[float], bar: Shown) -> None:
+    assert session.problem is not None
+    costs = [session.problem.fraction(trial.request.candidates[index]) for index in turn]
+    session.tally.tell(scores, costs, bar)
+
+
+def _told(session: Session, request: Evaluate, scores: Mapping[int, Score]) -> tuple[list[Score], list[float]]:
+    assert session.problem is not None
+    return list(scores.values()), [session.problem.fraction(request.candidates[index]) for index in scores]
+
+
+def remember(session: Session, request: Evaluate, scores: Sequence[Score]) -> None:
+    """Takes scores that an earlier run of the stage has found of the network as it is now."""
+    if not request.train:
+        bench = at(session)
+        for kept, score in zip(request.candidates, scores, strict=True):
+            if score is not None:
+                bench.known[bench.key(kept)] = score
+
+
+def at(session: Session) -> Bench:
+    """The session's bench, which knows the network as it is now."""
+    if session.bench is None or not session.bench.of(session):
+        session.bench = Bench(session)
+    elif session.touched:
+        session.bench.look()
+    session.touched = False
+    found: Bench = session.bench
+    return found
+
+
+def best_of(scores: Sequence[Score]) -> int:
     """The first of the best candidates.
 
     Raises:
         ScheduleError: none was run.
     """
-    run = [index for index, score in enumerate(scores) if score is not None]
+    run = [(score, -index) for index, score in enumerate(scores) if score is not None]
     if not run:
         raise ScheduleError("schedule: every candidate costs more than it may; none can be adopted")
-    return max(run, key=lambda index: (scores[index], -index))
+    return -max(run)[1]
 
 
-def adopt(session: Session, request: Evaluate, position: int, scores: list[Score], trial: _Trial | None = None) -> None:
+def adopt(
+    session: Session, request: Evaluate, position: int, scores: Sequence[Score], trial: _Trial | None = None
+) -> None:
     """Leaves the best candidate's masks in the session, and in the network the weights that it was scored with.
 
     Args:
@@ -112,15 +154,15 @@ def adopt(session: Session, request: Evaluate, position: int, scores: list[Score
     """
     trial = trial or _Trial(session, request, position)
     index = best_of(scores)
-    selection, world = trial.selection(request.candidates[index]), session.state.world
+    selection, world = trial.bench.selection(request.candidates[index]), session.state.world
     mine = trial.best if trial.best is not None and trial.best[0] == index else None
     holder = int(world.total(torch.tensor(float(world.rank + 1 if mine else 0)))) - 1
-    if holder < 0:  # it was scored before the stage was cut: with the same bits again
+    if holder < 0:  # it was not trained, or before the stage was cut: with the same bits again
         holder = 0
         if world.main:
-            with _as_before(session.model, trial.weights):
+            with _as_before(session.model, trial.bench.weights):
                 trial.prepare(index)
-                mine = index, _copied(session.model)
+                mine = index, copied(session.model)
     weights = mine[1] if mine else None
     if world.size > 1:
         weights = world.broadcast_tensors(weights if world.rank == holder else None, holder)
@@ -128,119 +170,77 @@ def adopt(session: Session, request: Evaluate, position: int, scores: list[Score
     session.model.load_state_dict(weights)
     session.keep(selection, session.held())
     session.fix()
+    session.touched = True
 
 
 class _Trial:
     """Tries candidates of one request out.
 
     Attributes:
-        weights: of the network as it was.
-        best: index of the best candidate that this process has tried, and its weights, where it may be adopted.
+        bench: what is known of the network.
+        best: index of the best candidate that this process has trained, and its weights, where it may be adopted.
     """
 
     def __init__(self, session: Session, request: Evaluate, position: int) -> None:
-        self._session, self._request = session, request
+        self._session, self.request, self.bench = session, request, at(session)
         self._seed = derive_seed(session.state.stage_seed, "evaluate", position)
-        self._groups: list[Group] | None = None
         self._score = float("-inf")
         self.best: tuple[int, Weights] | None = None
-        self.weights = _copied(session.model)
-        self._statistics = session.statistics(session.criterion)
+
+    def key(self, index: int) -> Key:
+        """What makes candidates the same."""
+        return self.bench.key(self.request.candidates[index])
+
+    def new(self, left: Sequence[int]) -> list[int]:
+        """Those of the candidates that have to be run: the first of equal ones, unless each is trained."""
+        if self.request.train:
+            return list(left)
+        first = {self.key(index): index for index in reversed(left)}
+        return sorted(index for key, index in first.items() if key not in self.bench.known)
+
+    def expect(self, new: Sequence[int]) -> None:
+        """Gets ready for candidates that are to be run."""
+        if not self.request.train:
+            self.bench.expect([self.request.candidates[index] for index in new])
+
+    def take(self, index: int, score: float) -> float:
+        """Remembers a score."""
+        if not self.request.train:
+            self.bench.known[self.key(index)] = score
+        return score
 
     def __call__(self, index: int) -> float:
         """A candidate's accuracy in percent on held-out images."""
+        if not self.request.train:
+            return self.bench.score(self.request.candidates[index])
         session = self._session
         self.prepare(index)
         score = accuracy(session.model, held_out(session.state, session.calibration.images)).acc1
-        if self._request.adopt and score > self._score:
-            self._score, self.best = score, (index, _copied(session.model))
+        if self.request.adopt and score > self._score:
+            self._score, self.best = score, (index, copied(session.model))
         return score
 
     def prepare(self, index: int) -> None:
         """Puts a candidate's masks on the network as it was, and trains it or estimates its norm statistics."""
-        session, model = self._session, self._session.model
-        model.load_state_dict(self.weights)
-        selection = self.selection(self._request.candidates[index])
-        held = masking.joined(session.held(), selection.masks)
-        masks = session.granularity.complete(model, session.state.example_inputs(), held, session.plan)
-        masking.apply(model, masks)
-        if self._request.train:
-            torch.manual_seed(derive_seed(self._seed, index))
-            epochs, loss = self._request.train, session.loss()
-            own = _copied(loss) if isinstance(loss, nn.Module) else None
-            session.train(
-                Progress(),
-                epochs=epochs,
-                until=(epochs, 0),
-                masks=masks,
-                save=lambda *_: None,
-                candidate=True,
-                seed=self._seed,
-            )
-            if own is not None and isinstance(loss, nn.Module):
-                loss.load_state_dict(own)
-        elif has_statistics(model):
-            calibration = session.calibration
-            recalibrate_bn(model, session.state.data.calibration(calibration.images, calibration.batch_size))
-
-    def selection(self, kept: Kept) -> Selection:
-        """The masks of a candidate, chosen on the network as it was; scores are found once for all candidates."""
-        session = self._session
-        if session.criterion.reads("request") or self._groups is None:
-            with _with_weights(session.model, self.weights):
-                self._groups = session.scored(self._statistics, kept)
-        return counted(session.granularity, session.model, self._groups, kept)
-
-
-class _Progress:
-    """A line now and then: candidates done, how many a minute, the best so far."""
-
-    def __init__(self, stage: str, count: int) -> None:
-        self._stage, self._count, self._done = stage, count, 0
-        self._began = self._told = time.monotonic()
-
-    def tell(self, more: int, scores: list[float]) -> None:
-        self._done += more
-        now = time.monotonic()
-        if now - self._told < QUIET:
+        session, kept = self._session, self.request.candidates[index]
+        if not self.request.train:
+            self.bench.prepare(kept)
             return
-        self._told = now
-        rate = 60 * self._done / (now - self._began)
-        log.info(
-            "%s: candidate %d of %d  %.3g a minute  best %.2f %%",
-            self._stage,
-            self._done,
-            self._count,
-            rate,
-            max(scores),
+        masks = self.bench.mask(self.bench.selection(kept))
+        torch.manual_seed(derive_seed(self._seed, index))
+        epochs, loss = self.request.train, session.loss()
+        own = copied(loss) if isinstance(loss, nn.Module) else None
+        session.train(
+            Progress(),
+            epochs=epochs,
+            until=(epochs, 0),
+            masks=masks,
+            save=lambda *_: None,
+            candidate=True,
+            seed=self._seed,
         )
-
-
-def held_out(state: State, skip: int) -> Iterable[Batch]:
-    """Images to score on: the validation split, or a part of the training images where there is none; never test.
-
-    Args:
-        skip: training images that norm statistics are estimated on, which are left out where others are enough.
-    """
-    if state.data.has_val:
-        return state.data.evaluation("val", EVALUATION_BATCH)
-    count = max(state.data.sizes["train"] // PART, 1)
-    skip = min(skip, state.data.sizes["train"] - count)
-    return _behind(state.data.calibration(skip + count, EVALUATION_BATCH), skip)
-
-
-def _behind(batches: Iterable[Batch], skip: int) -> Iterator[Batch]:
-    """The images after the first `skip`; all where there are no more."""
-    found = [(images[max(skip - at, 0) :], labels[max(skip - at, 0) :]) for at, images, labels in _placed(batches)]
-    left = [(images, labels) for images, labels in found if len(labels)]
-    return iter(left or list(batches))
-
-
-def _placed(batches: Iterable[Batch]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    at = 0
-    for images, labels in batches:
-        yield at, images, labels
-        at += len(labels)
+        if own is not None and isinstance(loss, nn.Module):
+            loss.load_state_dict(own)
 
 
 @contextmanager
@@ -252,17 +252,3 @@ def _as_before(model: nn.Module, weights: Weights) -> Iterator[None]:
             yield
         finally:
             model.load_state_dict(weights)
-
-
-@contextmanager
-def _with_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
-    now = _copied(model)
-    model.load_state_dict(weights)
-    try:
-        yield
-    finally:
-        model.load_state_dict(now)
-
-
-def _copied(model: nn.Module) -> Weights:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}

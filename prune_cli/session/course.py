@@ -17,13 +17,15 @@ from torch import Tensor
 
 from prune_cli.errors import Interrupted, PruneError
 from prune_cli.schedules.problem import Problem
-from prune_cli.schedules.requests import Request, fingerprint
-from prune_cli.schedules.schedule import Requests, Schedule
+from prune_cli.schedules.requests import LOOKING, Evaluate, Request, changes, fingerprint
+from prune_cli.schedules.schedule import Requests, Schedule, most_candidates
 from prune_cli.session.journal import Journal, Record
 from prune_cli.session.session import Session
 from prune_cli.training.fit import Progress
 
 log = logging.getLogger(__name__)
+
+DIGITS = 4  # of a candidate's seconds
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,29 @@ class Turn:
     Attributes:
         position: of the request among all, from 0.
         parts: answers that make up this one's and are known from before the stage was cut, by number.
-        note: keeps another one of those.
+        note: keeps another one of those, and the seconds that it took.
         save: keeps a checkpoint inside the request, given the tensors and numbers of its training.
     """
 
     position: int
     parts: Mapping[int, Any]
-    note: Callable[[int, Any], None]
+    note: Callable[[int, Any, float], None]
     save: Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A request that looked at candidates or left a file, and its answer.
+
+    Attributes:
+        problem: when it was asked.
+        seconds: that candidates took, by number.
+    """
+
+    request: Request
+    problem: Problem
+    answer: Any
+    seconds: Mapping[int, float]
 
 
 Again = Callable[[Request, Session, Turn, Any], None]
@@ -58,6 +75,7 @@ class Course:
     Attributes:
         request: what is asked now; None: the schedule is done.
         position: requests answered so far.
+        heard: those among them that looked at candidates or left a file, in all runs of the stage.
     """
 
     def __init__(self, schedule: Schedule, session: Session, again: Again) -> None:
@@ -66,18 +84,27 @@ class Course:
         self._written = time.monotonic()
         self.request: Request | None = None
         self.position = 0
+        self.heard: list[Heard] = []
         self._parts: Mapping[int, Any] = {}
+        self._seconds: dict[int, float] = {}
         if not self._resumed(schedule, again):
             problem = session.pose()
             self._journal.begin(problem.to_dict())
             self._asking = schedule(problem)
             self._ask(None)
+        assert session.problem is not None
+        session.tally.total = most_candidates(schedule, session.problem)
 
     def turn(self) -> Turn:
         """What the present request is carried out with."""
         assert self.request is not None
         name = fingerprint(self.request)
-        return self._turn(self.position, self._parts, lambda index, answer: self._journal.part(name, index, answer))
+
+        def note(index: int, answer: Any, seconds: float) -> None:
+            self._seconds[index] = round(seconds, DIGITS)  # as the journal has it
+            self._journal.part(name, index, answer, self._seconds[index])
+
+        return self._turn(self.position, self._parts, note)
 
     def answer(self, answer: Any) -> None:
         """Takes the answer of the present request to the journal and to the schedule, which asks the next.
@@ -88,7 +115,8 @@ class Course:
         assert self.request is not None
         heard = self._world.broadcast(_plain(answer))
         self._journal.answered(fingerprint(self.request), heard)
-        self.position, self._parts = self.position + 1, {}
+        self._take(self.request, self._session.problem, heard, self._seconds)
+        self.position, self._parts, self._seconds = self.position + 1, {}, {}
         self._ask(heard)
         stopping = self._world.any(self._session.state.interrupted())
         if stopping or time.monotonic() - self._written >= self._session.training.fit.checkpoint_seconds:
@@ -104,12 +132,17 @@ class Course:
         training = self._session.clock.progress or Progress()
         self._save(self.position, training.tensors(self._session.model), training.numbers())
 
+    def _take(self, request: Request, problem: Problem | None, answer: Any, seconds: Mapping[int, float]) -> None:
+        assert problem is not None
+        if isinstance(request, LOOKING):
+            self.heard.append(Heard(request, problem, answer, seconds))
+
     def _ask(self, heard: Any) -> None:
         self.request = _next(self._asking, heard)
         if self.request is not None:
             self._world.agree("the schedule's request", fingerprint(self.request))
 
-    def _turn(self, position: int, parts: Mapping[int, Any], note: Callable[[int, Any], None]) -> Turn:
+    def _turn(self, position: int, parts: Mapping[int, Any], note: Callable[[int, Any, float], None]) -> Turn:
         return Turn(position, parts, note, lambda tensors, numbers: self._save(position, tensors, numbers))
 
     def _save(self, position: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -135,14 +168,21 @@ class Course:
                 self._session.state.slot.clear()
             return False
         requests, problems = made
-        self._session.problem = problems[position]
+        for request, problem, (_, answer), spent in zip(requests, problems, record.answers, record.spent, strict=False):
+            self._take(request, problem, answer, spent)
+            if isinstance(request, Evaluate):
+                self._session.tally.known(answer, [problem.fraction(kept) for kept in request.candidates])
         if found:
             self._session.restore(*found)
-        for index in range(position, len(requests)):
+        begin = position
+        while begin and not changes(requests[begin - 1]):  # scores of the network as it is now
+            begin -= 1
+        self._session.problem = problems[begin]
+        for index in range(begin, len(requests)):
             turn = self._turn(index, {}, lambda *_: None)
             again(requests[index], self._session, turn, _decoded(record.answers[index][1]))
             self._session.problem = problems[index + 1]
-        self.position, self._parts = len(requests), record.parts
+        self.position, self._parts, self._seconds = len(requests), record.parts, dict(record.spending)
         if found is None or position < len(requests):
             log.info("%s: going on after %d requests of the schedule", self._session.state.stage, self.position)
         return True

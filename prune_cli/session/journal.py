@@ -1,7 +1,7 @@
 """The journal of a prune stage: every request's fingerprint and answer, appended at once to a small file of `Lines`.
 
     {"request": FINGERPRINT, "answer": ...}
-    {"request": FINGERPRINT, "part": 3, "answer": ...}    one of the answers that make up the next
+    {"request": FINGERPRINT, "part": 3, "answer": ..., "seconds": ...}    one of the answers that make up the next
 
 The first line is the problem that the schedule began with.
 """
@@ -29,12 +29,15 @@ class Record:
         answers: (fingerprint, answer) of each request, in order.
         parts: index -> answer, of the request that was under way when the stage was cut.
         pending: the fingerprint of that request.
+        spent: for each of `answers`, index -> seconds that this part of it took; `spending` of the parts under way.
     """
 
     problem: dict[str, Any] | None = None
     answers: list[tuple[str, Any]] = field(default_factory=list)
     parts: dict[int, Any] = field(default_factory=dict)
     pending: str | None = None
+    spent: list[dict[int, float]] = field(default_factory=list, compare=False)
+    spending: dict[int, float] = field(default_factory=dict, compare=False)
 
 
 class Journal:
@@ -59,11 +62,13 @@ class Journal:
                 record.problem = line["problem"]
             elif "part" in line:
                 if line["request"] != record.pending:
-                    record.parts, record.pending = {}, line["request"]
+                    record.parts, record.spending, record.pending = {}, {}, line["request"]
                 record.parts[line["part"]] = line["answer"]
+                record.spending[line["part"]] = line.get("seconds", 0.0)
             else:
                 record.answers.append((line["request"], line["answer"]))
-                record.parts, record.pending = {}, None
+                record.spent.append(record.spending if record.pending == line["request"] else {})
+                record.parts, record.spending, record.pending = {}, {}, None
         return record
 
     def begin(self, problem: Mapping[str, Any]) -> None:
@@ -77,9 +82,9 @@ class Journal:
         """Adds a request's answer."""
         self._append({"request": fingerprint, "answer": answer})
 
-    def part(self, fingerprint: str, index: int, answer: Any) -> None:
-        """Adds one of the answers that make up that of the next request."""
-        self._append({"request": fingerprint, "part": index, "answer": answer})
+    def part(self, fingerprint: str, index: int, answer: Any, seconds: float) -> None:
+        """Adds one of the answers that make up that of the next request, and what it took."""
+        self._append({"request": fingerprint, "part": index, "answer": answer, "seconds": seconds})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self._world.main:

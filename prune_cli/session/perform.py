@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import singledispatch
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +16,16 @@ from prune_cli.criteria import weights
 from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.statistics import Statistics
 from prune_cli.errors import ScheduleError
+from prune_cli.files import artifacts
 from prune_cli.files.fitting import fit_weights
 from prune_cli.granularities.units import Constraint
 from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import (
+    LOOKING,
     Evaluate,
+    Judge,
     Kept,
+    Leave,
     Mask,
     Project,
     Regrow,
@@ -44,7 +49,6 @@ log = logging.getLogger(__name__)
 AT_RANDOM = Criterion(weights.random)
 
 
-@singledispatch
 def perform(request: Request, session: Session, turn: Turn) -> Any:
     """Carries a request out and returns its answer.
 
@@ -52,6 +56,12 @@ def perform(request: Request, session: Session, turn: Turn) -> Any:
         ScheduleError: it cannot be carried out.
         Interrupted: the user asked to stop; what was done can be gone on from.
     """
+    session.touched = session.touched or not isinstance(request, LOOKING)
+    return _carry_out(request, session, turn)
+
+
+@singledispatch
+def _carry_out(request: Request, session: Session, turn: Turn) -> Any:
     raise ScheduleError(f"schedule: {type(request).__name__} is no request; see prune_cli/schedules/requests.py")
 
 
@@ -61,7 +71,7 @@ def again(request: Request, session: Session, turn: Turn, answer: Any) -> None:
     perform(request, session, turn)
 
 
-@perform.register
+@_carry_out.register
 def _(request: Mask, session: Session, turn: Turn) -> dict[str, Any]:
     session.reveal()
     held, before = session.held(monotone=request.monotone), session.removed.removed
@@ -114,7 +124,7 @@ def _realised(selection: Selection, session: Session) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@perform.register
+@_carry_out.register
 def _(request: Train, session: Session, turn: Turn) -> dict[str, Any]:
     clock = session.clock
     if clock.until is None:  # else it is under way
@@ -165,12 +175,12 @@ def _end(request: Train, now: Progress, total: int, session: Session) -> tuple[i
     return epoch, step * each
 
 
-@perform.register
+@_carry_out.register
 def _(request: Regrow, session: Session, turn: Turn) -> dict[str, int]:
     return regrowing.regrow(session, request, turn.position)
 
 
-@perform.register
+@_carry_out.register
 def _(request: Evaluate, session: Session, turn: Turn) -> list[candidates.Score]:
     return candidates.evaluate(session, request, turn.position, turn.parts, turn.note)
 
@@ -179,16 +189,30 @@ def _(request: Evaluate, session: Session, turn: Turn) -> list[candidates.Score]
 def _(request: Evaluate, session: Session, turn: Turn, answer: Any) -> None:
     if request.adopt:
         candidates.adopt(session, request, turn.position, answer)
+    else:
+        candidates.remember(session, request, answer)
 
 
-@perform.register
+@_carry_out.register
+def _(request: Judge, session: Session, turn: Turn) -> None:
+    """The table of the search is made of the request itself."""
+
+
+@_carry_out.register
+def _(request: Leave, session: Session, turn: Turn) -> None:
+    """The stage leaves what the request holds."""
+    if not request.name or Path(request.name).name != request.name or artifacts.is_ours(request.name):
+        raise ScheduleError(f"schedule: a file cannot be left as {request.name!r}; give a plain name that is not taken")
+
+
+@_carry_out.register
 def _(request: Remember, session: Session, turn: Turn) -> None:
     now = snapshot(session.model, session.masks, session.clock.progress, session.batches())
     session.snapshots[request.tag] = replace(now, facts=asdict(session.removed))
     session.left = session.left | {request.tag} if request.leave else session.left - {request.tag}
 
 
-@perform.register
+@_carry_out.register
 def _(request: Restore, session: Session, turn: Turn) -> None:
     found, clock = session.snapshot(request.tag), session.clock
     if request.masks:
@@ -208,7 +232,7 @@ def _(request: Restore, session: Session, turn: Turn) -> None:
         clock.progress = Progress(epoch=now.epoch, step=now.step, history=now.history, memory=now.memory)
 
 
-@perform.register
+@_carry_out.register
 def _(request: Shrink, session: Session, turn: Turn) -> Problem:
     assert session.problem is not None
     if not session.problem.shrinks:
@@ -220,7 +244,7 @@ def _(request: Shrink, session: Session, turn: Turn) -> Problem:
     return session.pose()
 
 
-@perform.register
+@_carry_out.register
 def _(request: Project, session: Session, turn: Turn) -> dict[str, Any]:
     now = {name: parameter.detach() for name, parameter in session.model.named_parameters()}
     before, progress = session.splitting, session.clock.progress

@@ -29,6 +29,7 @@ from prune_cli.session.measuring import statistics_of
 from prune_cli.session.posing import pose
 from prune_cli.session.remembering import FRESH, INIT, Snapshot
 from prune_cli.session.standing import Clock, Removed, shrink_progress
+from prune_cli.session.tally import Tally
 from prune_cli.structure import follow, rebuild
 from prune_cli.structure.lineage import Lineage
 from prune_cli.structure.plan import Plan
@@ -82,6 +83,9 @@ class Session:
         self.came = state.lineage  # from the dense network to the one that came
         self.problem: Problem | None = None
         self.warned = False  # that scores are of training images
+        self.tally = Tally(state.stage)
+        self.bench: Any = None  # what is known of the network while candidates are tried out: bench.Bench
+        self.touched = True  # since that was found out
         self._loss: Loss | None = None
         self._waiting: dict[str, Tensor] = {}  # parameters of the loss, as a checkpoint has them
         self._look_at_network()
@@ -456,8 +460,12 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------ the end
 
-    def result(self) -> State:
-        """The state after the stage, which a granularity with `shrink` has made smaller."""
+    def result(self, files: Mapping[str, str | bytes]) -> State:
+        """The state after the stage, which a granularity with `shrink` has made smaller.
+
+        Args:
+            files: that the stage leaves besides its own, by name.
+        """
         self.fix()
         progress, now, taken = self.clock.progress, self.removed, self.taken
         units, removed = now.units + taken.removed, now.removed + taken.removed
@@ -471,6 +479,7 @@ class Session:
             ratio_channels=gone / there if there else None,
             history=tuple(progress.history) if progress else (),
             files={
+                **files,
                 **({RESIDUALS: artifacts.table(admm.Residual, rows)} if rows else {}),
                 **remembering.files(left),
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Annotated
 
 from prune_cli.config.nodes import Flat
@@ -13,12 +14,12 @@ from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.pipeline.stage import Parameters, Stage
 from prune_cli.pipeline.state import State
-from prune_cli.schedules.requests import Evaluate, Mask, Request, Train
+from prune_cli.schedules.requests import Evaluate, Leave, Mask, Request, Train
 from prune_cli.schedules.schedule import Schedule, first_request, most_epochs, tries
 from prune_cli.selection import requirements
 from prune_cli.selection.granularity import Granularity
-from prune_cli.session import teaching
-from prune_cli.session.course import Course
+from prune_cli.session import search_table, teaching
+from prune_cli.session.course import Course, Heard
 from prune_cli.session.perform import again, perform
 from prune_cli.session.posing import pose
 from prune_cli.session.session import Session, optimizer_steps, tags
@@ -106,7 +107,17 @@ def prune(
     course = Course(schedule, session, again)
     while course.request is not None:
         course.answer(perform(course.request, session, course.turn()))
-    return session.result()
+    return session.result({**search_table.files(course.heard, _title(state)), **_left(course.heard)})
+
+
+def _title(state: State) -> str:
+    split = "val" if state.data.has_val else "part of train"
+    return f"{state.architecture.name}, {state.data.name} {split}"
+
+
+def _left(heard: Sequence[Heard]) -> dict[str, str | bytes]:
+    """Name -> content of the files that the schedule leaves."""
+    return {one.request.name: one.request.content for one in heard if isinstance(one.request, Leave)}
 
 
 def _first(

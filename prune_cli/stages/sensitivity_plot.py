@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-SETTINGS = {"svg.hashsalt": "prune", "svg.fonttype": "none", "font.size": 8.0, "font.family": "sans-serif"}
+from prune_cli.files.drawing import svg
+
 COLUMNS = 4
 
 
@@ -37,17 +38,12 @@ def curves(points: Sequence[Point], title: str) -> str:
     Args:
         points: by criterion, layer and rising ratio.
     """
-    import matplotlib.style
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     layers = list(dict.fromkeys(point.layer for point in points))
     criteria = list(dict.fromkeys(point.criterion for point in points))
     columns = min(COLUMNS, len(layers))
     rows = -(-len(layers) // columns)
-    with matplotlib.style.context(["default", SETTINGS]):  # whatever the user's own settings are
-        figure = Figure(figsize=(2.6 * columns, 1.8 * rows + 0.8), layout="constrained")
-        FigureCanvasSVG(figure)
+
+    def draw(figure: Any) -> None:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for panel, layer in zip(panels.flat, layers, strict=False):
             for criterion in criteria:
@@ -61,6 +57,5 @@ def curves(points: Sequence[Point], title: str) -> str:
         figure.supxlabel("fraction of the layer's units removed")
         figure.supylabel("acc1, percent")
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(criteria))
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()
+
+    return svg((2.6 * columns, 1.8 * rows + 0.8), draw)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 import torch
@@ -21,16 +21,27 @@ def has_statistics(model: nn.Module) -> bool:
     return any(isinstance(module, BATCH_NORMS) and module.track_running_stats for module in model.modules())
 
 
-def recalibrate_bn(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+def recalibrate_bn(
+    model: nn.Module,
+    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    only: Callable[[str], bool] = lambda name: True,
+) -> None:
     """Replaces the running statistics of every batch norm by their mean over `batches` of training images.
 
     Each batch counts the same. Norms run in train mode, everything else (dropout) in eval mode; weights,
     momentum and modes are what they were afterwards.
 
+    Args:
+        only: says of a norm's name whether it is meant; the others run in eval mode.
+
     Raises:
         DataError: if there is no batch; the statistics are unchanged then.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and only(name)
+    ]
     iterator, length = iter(batches), getattr(batches, "__len__", None)
     first = next(iterator, None)
     if first is None:

@@ -143,7 +143,10 @@ def of_detection(name: str) -> tuple[nn.Module, Inputs]:
     if not name.startswith("ssd"):
         options |= {"min_size": 96, "max_size": 128}
     if "rcnn" in name:
-        options |= {"rpn_post_nms_top_n_test": 20, "box_detections_per_img": 4}  # a forward pass of keypoints takes 40 s else
+        options |= {
+            "rpn_post_nms_top_n_test": 20,
+            "box_detections_per_img": 4,
+        }  # a forward pass of keypoints takes 40 s else
     return OfImages(torchvision.models.get_model(name, **options)), lambda batch, g: torch.rand(
         batch, 3, 96, 96, generator=g
     )

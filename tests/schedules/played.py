@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from prune_cli.schedules.problem import Arithmetic, Group, Layer, Problem
@@ -56,7 +57,8 @@ def play(schedule, problem: Problem, score: Score = lambda kept: 0.0) -> list[Re
         made.append(request)
         match request:
             case Evaluate():
-                answer = [score(kept) for kept in request.candidates]
+                most = math.inf if request.within is None else request.within
+                answer = [score(kept) if problem.cost(kept) <= most else None for kept in request.candidates]
             case Mask():
                 answer = {"kept": dict(request.kept or problem.whole)}
             case Train():

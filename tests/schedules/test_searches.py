@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from itertools import pairwise
 
@@ -18,7 +19,8 @@ from prune_cli.schedules.backward import backward
 from prune_cli.schedules.choices import scaled
 from prune_cli.schedules.ddpg import Agent, Transition
 from prune_cli.schedules.netadapt import netadapt
-from prune_cli.schedules.requests import Evaluate, Mask, Project, Restore, Train
+from prune_cli.schedules.optuna_search import optuna_search
+from prune_cli.schedules.requests import ACCEPTED, Evaluate, Judge, Mask, Project, Restore, Train
 from prune_cli.schedules.schedule import first_request
 from prune_cli.schedules.sensitivity import sensitivity
 from prune_cli.schedules.simulated_annealing import accepted, simulated_annealing
@@ -39,6 +41,7 @@ SEARCHES = {
     "amc": functools.partial(amc, episodes=150, warmup=50, least=0.1),
     "sensitivity": functools.partial(sensitivity, grid=(0.25, 0.5, 0.75), delta=5.0),
     "auto_compress": functools.partial(auto_compress, rounds=1, candidates=150),
+    "optuna": functools.partial(optuna_search, candidates=60),
 }
 
 
@@ -48,7 +51,7 @@ def outcome(requests, problem):
     if masks:
         return masks[-1].kept
     last = [one for one in requests if isinstance(one, Evaluate)][-1]
-    return last.candidates[int(np.argmax([accuracy(kept) for kept in last.candidates]))]
+    return max((kept for kept in last.candidates if problem.cost(kept) <= last.within), key=accuracy)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -58,7 +61,7 @@ def test_a_search_meets_the_budget_and_beats_equal_ratios(name):
     assert accuracy(kept) > accuracy({"dear": 10, "cheap": 10}) + 20
 
 
-@pytest.mark.parametrize("name", ["netadapt", "simulated_annealing", "auto_compress"])
+@pytest.mark.parametrize("name", ["netadapt", "simulated_annealing", "auto_compress", "optuna"])
 def test_a_search_comes_within_a_point_or_two_of_the_best(name):
     assert accuracy(outcome(play(SEARCHES[name], TWO, accuracy), TWO)) >= accuracy(BEST) - 6
 
@@ -67,7 +70,7 @@ def test_a_search_comes_within_a_point_or_two_of_the_best(name):
 def test_a_search_is_the_same_every_time_and_another_with_another_seed(name):
     first, again = (play(SEARCHES[name], TWO, accuracy) for _ in range(2))
     assert first == again
-    if name in ("simulated_annealing", "amc"):
+    if name in ("simulated_annealing", "amc", "optuna"):
         other = toy({"dear": 20, "cheap": 20}, {"dear": 3, "cheap": 1}, 0.5, seed=1)
         assert play(SEARCHES[name], other, accuracy) != first
 
@@ -122,7 +125,7 @@ def test_scaled_keeps_proportions_where_no_floor_stops_it():
 
 def test_netadapt_always_advances_and_its_last_step_is_cut_short():
     rounds = [one for one in play(SEARCHES["netadapt"], TWO, accuracy) if isinstance(one, Evaluate)]
-    costs = [max(TWO.cost(kept) for kept in one.candidates) for one in rounds]
+    costs = [max(cost for kept in one.candidates if (cost := TWO.cost(kept)) <= one.within) for one in rounds]
     assert all(after < before for before, after in pairwise([80, *costs])) and costs[-1] <= 40
     assert all(one.adopt for one in rounds)
     assert max(before - after for before, after in pairwise([80, *costs])) <= 8 + 3  # a step, and a unit of the dear
@@ -154,10 +157,21 @@ def test_annealing_ends_with_the_best_that_it_ever_saw():
 def test_sensitivity_takes_from_those_that_lose_least():
     made = play(functools.partial(sensitivity, grid=(0.25, 0.5, 0.75), delta=5.0, rounds=2, epochs=1), TWO, accuracy)
     masks = [one for one in made if isinstance(one, Mask)]
-    assert [type(one) for one in made] == [Evaluate, Mask, Train] * 2
+    assert [type(one) for one in made] == [Evaluate, Judge, Mask, Train] * 2
     assert TWO.cost(masks[0].kept) <= 80 * 0.5**0.5 and TWO.cost(masks[1].kept) <= 40
     assert all(masks[1].kept[name] <= masks[0].kept[name] for name in TWO.whole)
     assert masks[1].kept["cheap"] > masks[1].kept["dear"]
+
+
+def test_sensitivity_beyond_what_is_safe_takes_no_group_further_than_others_that_lose_less():
+    """The large layer is cheap: it may lose nine tenths, and with that it is done while the dear one has more to give."""
+    problem = toy({"dear": 50, "large": 500}, {"dear": 100, "large": 1}, 0.3)
+
+    def score(kept) -> float:
+        return 90 - 20 * (1 - kept["dear"] / 50) - (0 if kept["large"] >= 50 else 80)
+
+    (mask,) = [one for one in play(functools.partial(sensitivity), problem, score) if isinstance(one, Mask)]
+    assert problem.cost(mask.kept) <= problem.budget and mask.kept["large"] >= 50 and mask.kept["dear"] >= 14
 
 
 def test_backward_goes_from_the_last_layer_to_the_first_and_gives_back_what_cannot_recover():
@@ -239,3 +253,93 @@ def test_ddpg_learns_a_split_whose_best_is_known():
 def test_amc_needs_episodes_to_learn_in():
     with pytest.raises(ScheduleError, match="warmup=5 leaves none of episodes=5"):
         first_request(functools.partial(amc, episodes=5, warmup=5), TWO)
+
+
+# --------------------------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize("name", [*(set(SEARCHES) - {"netadapt"}), "backward"])
+def test_a_search_says_of_every_candidate_what_became_of_it(name):
+    search = SEARCHES.get(name) or functools.partial(backward, epochs=0, delta=1.0, halvings=1)
+    made = play(search, TWO, accuracy)
+    for request, after in pairwise(made):
+        if isinstance(request, Evaluate):
+            assert isinstance(after, Judge) and len(after.verdicts) == len(request.candidates)
+    said = [verdict for one in made if isinstance(one, Judge) for verdict in one.verdicts]
+    assert ACCEPTED in said and len(set(said)) > 1 and all(said)
+
+
+def test_netadapt_names_the_groups_that_cannot_give_as_much():
+    problem = toy({"much": 40, "little": 2}, {"much": 1, "little": 1}, 0.5)
+    made = play(functools.partial(netadapt, step=0.2, short_epochs=0), problem, lambda kept: 50.0 + kept["little"])
+    for one in (one for one in made if isinstance(one, Evaluate)):
+        gave = [problem.cost(kept) <= one.within for kept in one.candidates]
+        assert len(one.candidates) == 2 and gave == [True, False]
+
+
+# ----------------------------------------------------------------------------------------------------------- Optuna
+
+SIX = toy(dict.fromkeys("abcdef", 16), {"a": 4, "b": 2, "c": 1, "d": 1, "e": 2, "f": 4}, 0.5)
+WORTH = {"a": 1, "b": 1, "c": 9, "d": 9, "e": 1, "f": 1}
+
+
+def worth(kept) -> float:
+    """The cheap layers in the middle are worth most: best is to keep them whole, and 68 of the rest."""
+    return sum(WORTH[name] * (1 - (1 - count / 16) ** 2) for name, count in kept.items()) * 100 / sum(WORTH.values())
+
+
+def found(sampler: str, seed: int, **keys) -> float:
+    problem = toy(dict.fromkeys("abcdef", 16), {"a": 4, "b": 2, "c": 1, "d": 1, "e": 2, "f": 4}, 0.5, seed=seed)
+    made = play(functools.partial(optuna_search, candidates=80, sampler=sampler, **keys), problem, worth)
+    (mask,) = [one for one in made if isinstance(one, Mask)]
+    assert problem.cost(mask.kept) <= problem.budget
+    return worth(mask.kept)
+
+
+def test_samplers_that_learn_find_more_than_random_ones():
+    at_random = np.mean([found("random", seed) for seed in range(3)])
+    for sampler in ("tpe", "cma_es"):
+        assert np.mean([found(sampler, seed) for seed in range(3)]) > at_random + 0.2, sampler
+    equal = ({"a": a, "b": b, "c": 16, "d": 16, "e": b, "f": a} for a in range(1, 17) for b in range(1, 17))
+    best = max(worth(kept) for kept in equal if SIX.cost(kept) <= SIX.budget)
+    assert best - 1 < max(found("cma_es", seed) for seed in range(3)) < best + 0.5
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_with_two_objectives_costs_differ_and_the_best_within_the_budget_is_removed(sampler):
+    search = functools.partial(
+        optuna_search, candidates=40, sampler=sampler, objectives=("score", "cost"), population=8
+    )
+    made = play(search, SIX, worth)
+    assert made == play(search, SIX, worth)
+    tried = [one.candidates[0] for one in made if isinstance(one, Evaluate)]
+    costs = [SIX.cost(kept) for kept in tried]
+    assert min(costs) < 0.9 * SIX.budget and max(costs) > 1.3 * SIX.budget
+    assert SIX.cost(tried[0]) <= SIX.budget  # the same fraction of every group
+    within = [kept for kept in tried if SIX.cost(kept) <= SIX.budget]
+    assert made[-1] == Mask(kept=max(within, key=worth))
+    verdicts = [one.verdicts[0] for one in made if isinstance(one, Judge)]
+    for index, kept in enumerate(tried):
+        beaten = any(worth(o) >= worth(kept) and SIX.cost(o) <= SIX.cost(kept) for o in tried[:index])
+        assert (verdicts[index] == ACCEPTED) is not beaten
+
+
+@pytest.mark.parametrize(
+    ("keys", "word"),
+    [
+        ({"objectives": ("cost",)}, r"give \[score\] or \[score,cost\]"),
+        ({"objectives": ("score", "score")}, "objectives"),
+        ({"objectives": ("score", "cost"), "sampler": "cma_es"}, "choose tpe or nsga2"),
+    ],
+)
+def test_what_a_sampler_cannot_do_is_refused_before_anything_runs(keys, word):
+    with pytest.raises(ScheduleError, match=word):
+        first_request(functools.partial(optuna_search, **keys), TWO)
+
+
+@pytest.mark.parametrize(("missing", "sampler"), [("optuna", "tpe"), ("cmaes", "cma_es")])
+def test_a_missing_package_is_one_line_that_names_the_extra(missing, sampler, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    with pytest.raises(ScheduleError, match=rf"needs the package {missing}: pip install 'prune-cli\[search\]'"):
+        first_request(functools.partial(optuna_search, sampler=sampler), TWO)

@@ -46,6 +46,24 @@ def test_what_a_search_leaves_reloads_in_another_process(prune, shrink_every):
     assert f"{row.acc1:.2f}" in again.out
 
 
+def test_a_search_leaves_its_tables_in_the_run_folder_and_any_row_can_be_made(prune):
+    filters = (*NET, "granularity=filter", "granularity.budget={macs: 0.5}")
+    result = prune(*filters, "schedule=optuna", "schedule.candidates=6", "schedule.objectives=[score,cost]")
+    assert result.code == 0, result.err
+    folder = result.folder / "prune"
+    rows = pandas.read_csv(folder / "search.csv")
+    assert len(rows) == 6 and {"search.csv", "front.csv", "search.svg"} <= {file.name for file in folder.iterdir()}
+    assert {"search.csv", "front.csv"} <= set(json.loads((folder / "manifest.json").read_text())["files"])
+    row = rows.loc[rows.macs.idxmin()]
+    made = prune(
+        *filters, "schedule=chosen", f"schedule.search={folder}/search.csv", f"schedule.candidate={row.candidate}"
+    )
+    assert made.code == 0, made.err
+    assert made.rows.loc["prune", "macs"] == row.macs and made.rows.loc["prune", "params"] == row.params
+    again = prune(*filters, "schedule=optuna", "schedule.candidates=6", "schedule.objectives=[score,cost]")
+    assert (again.folder / "prune" / "search.csv").read_bytes() == (folder / "search.csv").read_bytes()
+
+
 @pytest.mark.slow
 def test_killed_in_a_search_that_shrinks_the_same_command_goes_on(prune, spawn, workplace):
     arguments = (*NETADAPT, "+schedule.shrink_every=1")

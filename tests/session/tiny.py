@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import csv
 import functools
+import io
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -18,11 +23,14 @@ from prune_cli.criteria.criterion import Criterion
 from prune_cli.criteria.statistics import Calibration
 from prune_cli.data.fake import fake
 from prune_cli.distillation.distillation import Distillation
+from prune_cli.files import artifacts
 from prune_cli.granularities.filter import Filter
 from prune_cli.pipeline.state import Architecture, Outcome, State
 from prune_cli.pipeline.store import Slot
 from prune_cli.selection.granularity import Granularity
+from prune_cli.session import search_table
 from prune_cli.session.journal import Journal
+from prune_cli.session.session import Session
 from prune_cli.stages.prune import prune
 from prune_cli.tensors import state_sha256
 from prune_cli.training.distributed import ALONE
@@ -85,17 +93,27 @@ def run(
     *,
     seconds: float = NEVER,
     distillation: Distillation = NOTHING,
+    plots: bool = False,
 ) -> State:
-    """The stage with a schedule; it writes checkpoints `NEVER` or `ALWAYS`."""
-    return prune(
-        state,
-        criterion=criterion,
-        granularity=granularity or Granularity(Filter(), 0.5),
-        schedule=schedule,
-        distillation=distillation,
-        training=training(seconds),
-        calibration=Calibration(16, 8),
-    )
+    """The stage with a schedule; it writes checkpoints `NEVER` or `ALWAYS`. A plot takes longer than all the rest."""
+    with nullcontext() if plots else patch.object(search_table, "plot", lambda *_: ""):
+        return prune(
+            state,
+            criterion=criterion,
+            granularity=granularity or Granularity(Filter(), 0.5),
+            schedule=schedule,
+            distillation=distillation,
+            training=training(seconds),
+            calibration=Calibration(16, 8),
+        )
+
+
+def stage_session(state: State, granularity: Granularity) -> Session:
+    """What the stage works on, before its schedule asks for anything."""
+    return Session(
+        state, criterion=L2, granularity=granularity, calibration=Calibration(16, 8), distillation=Distillation(),
+        training=training(),
+    )  # fmt: skip
 
 
 def training(seconds: float = NEVER) -> Training:
@@ -123,11 +141,23 @@ def option(group: str, name: str, kind: type | None = None, **keys):
 
 
 def result(state: State) -> tuple:
-    """Everything that a stage gives: weights and masks by their bytes, and what it says of itself."""
+    """Everything that a stage gives: weights and masks by their bytes, and what it says of itself.
+
+    The tables of a search without the seconds that candidates took.
+    """
+    files = {
+        name: timeless(content) if name in (artifacts.SEARCH, artifacts.FRONT) else content
+        for name, content in state.outcome.files.items()
+    }
     return (
-        state_sha256(state.model.state_dict()), state_sha256(dict(state.masks)), copy.deepcopy(state.outcome),
-        state.lineage,
+        state_sha256(state.model.state_dict()), state_sha256(dict(state.masks)),
+        replace(copy.deepcopy(state.outcome), files=files), state.lineage,
     )  # fmt: skip
+
+
+def timeless(text: str) -> list[dict[str, str]]:
+    """The rows of a search's table without seconds."""
+    return [{key: cell for key, cell in row.items() if key != "seconds"} for row in csv.DictReader(io.StringIO(text))]
 
 
 def journal(place: Path):
