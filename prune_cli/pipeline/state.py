@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from prune_cli.measure.storage import MaskFormat
 from prune_cli.pipeline.store import Slot
 from prune_cli.structure.lineage import Lineage
 from prune_cli.training.distributed import ALONE, World
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class State:
         sparse_norms: while a pipeline is checked, the `Outcome.sparse_norms` that the stages so far will have.
         shrunk_by: while a pipeline is checked, the stage that will have made the network smaller than the dense one.
         trained_by: while a pipeline is checked, the last stage that will have trained the network.
+        checked: what `once` found.
     """
 
     model: nn.Module
@@ -120,6 +123,15 @@ class State:
     sparse_norms: str | None = None
     shrunk_by: str | None = None
     trained_by: str | None = None
+    checked: dict[tuple[int, Hashable], tuple[nn.Module, Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, what: Hashable, find: Callable[[], Found]) -> Found:
+        """What checks find out of the network as it is before the first stage, found once for all of them."""
+        key = id(self.model), what
+        if key not in self.checked:
+            self.checked[key] = self.model, find()  # the network is kept too, so that its id is not another one's
+        found: Found = self.checked[key][1]
+        return found
 
     def evolve(self, **changes: Any) -> State:
         """A copy with some fields changed."""

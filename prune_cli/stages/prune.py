@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 from prune_cli.config.nodes import Flat
@@ -14,6 +14,7 @@ from prune_cli.distillation.distillation import Distillation
 from prune_cli.errors import ConfigError
 from prune_cli.pipeline.stage import Parameters, Stage
 from prune_cli.pipeline.state import State
+from prune_cli.schedules.problem import Problem
 from prune_cli.schedules.requests import Evaluate, Leave, Mask, Request, Train
 from prune_cli.schedules.schedule import Schedule, first_request, most_epochs, tries
 from prune_cli.selection import requirements
@@ -24,6 +25,7 @@ from prune_cli.session.perform import again, perform
 from prune_cli.session.posing import pose
 from prune_cli.session.session import Session, optimizer_steps, tags
 from prune_cli.structure.follow import analyse
+from prune_cli.structure.plan import Plan
 from prune_cli.training.training import Training
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def check(
             f"{state.stage}.fit.select_on={training.fit.select_on}: masks change during pruning, so only the last epoch has "
             "all of them; select on a split in finetune instead"
         )
-    granularity.check(state.model, criterion, state.example_inputs())
+    granularity.check(state.model, criterion, state.example_inputs(), _plan_once(state))
     first = _first(state, criterion, granularity, schedule, training)
     at_random = isinstance(first, Mask) and first.random
     if at_random and state.trained_by:
@@ -120,27 +122,35 @@ def _left(heard: Sequence[Heard]) -> dict[str, str | bytes]:
     return {one.request.name: one.request.content for one in heard if isinstance(one.request, Leave)}
 
 
+def _plan_once(state: State) -> Callable[[], Plan]:
+    return functools.partial(state.once, "plan", functools.partial(analyse, state.model, state.example_inputs()))
+
+
 def _first(
     state: State, criterion: Criterion, granularity: Granularity, schedule: Schedule, training: Training
 ) -> Request | None:
     """What the schedule will ask first of this network; its parameters are checked by asking."""
     image, known, seed = state.example_inputs(), tags(state), state.stage_seed
-    plan = functools.cache(functools.partial(analyse, state.model, image))
+    plan = _plan_once(state)
     asked = granularity.asked(state.model, criterion, plan)
-    steps = optimizer_steps(state, training)
-    problem = pose(
-        granularity,
-        state.model,
-        image,
-        asked=asked,
-        masked={},
-        tags=known,
-        seed=seed,
-        steps=steps,
-        plan=plan,
-        learns=criterion.reads("training"),
-        rough=True,
-    )
+    steps, learns = optimizer_steps(state, training), criterion.reads("training")
+
+    def posed() -> Problem:
+        return pose(
+            granularity,
+            state.model,
+            image,
+            asked=asked,
+            masked={},
+            tags=known,
+            seed=seed,
+            steps=steps,
+            plan=plan,
+            learns=learns,
+            rough=True,
+        )
+
+    problem = state.once(("problem", repr(granularity), tuple(asked.items()), known, seed, steps, learns), posed)
     first = first_request(schedule, problem)
     if not problem.countable and (isinstance(first, Evaluate) or (isinstance(first, Mask) and first.kept is not None)):
         raise ConfigError(
