@@ -179,7 +179,7 @@ def translate(error: Exception, overrides: list[str]) -> Exception:
     if not module.startswith(("hydra.", "omegaconf.")):
         return error
     text = words.as_written(str(error))
-    if match := re.search(r"Could not find '([\w./-]+)/([^'/]+)'", text):
+    if match := re.search(r"Could not (?:find|load) '([\w./-]+)/([^'/]+)'", text):
         group, name = match.groups()
         return ConfigError(f"{group}={shortened(name)}: there is no such option{nearest(name, options(group))}")
     if match := re.search(r"Could not delete(?: from config)?[.:]? '?([^' ]+)'?", text):
@@ -208,6 +208,8 @@ def translate(error: Exception, overrides: list[str]) -> Exception:
         )
     if match := re.search(r"Error merging override ([^=\s]+)=", text):
         reason = first_line(error.__cause__) if error.__cause__ else ""
+        if "Cannot merge" in reason:
+            reason = "a list is written [a,b], a mapping {key: value}"
         return ConfigError(
             f"{match.group(1).lstrip('+')}: the value is of another kind than in the recipe{reason and ': ' + reason}"
         )
