@@ -53,8 +53,7 @@ class Session:
 
     Args:
         state: as it came to the stage.
-        training: how to train.
-        epochs: of all trainings at most; None where nobody knows.
+        training, epochs: how to train, and how long at most; None where nobody knows.
     """
 
     def __init__(
@@ -446,8 +445,7 @@ class Session:
             None if numbers["until"] is None else tuple(numbers["until"]),
             numbers["begun"],
         )
-        self._waiting = placed(LOSS)
-        self.masks, self.hidden = placed(MASKS), placed(HIDDEN)
+        self._waiting, self.masks, self.hidden = placed(LOSS), placed(MASKS), placed(HIDDEN)
         self.forms = {name: MaskFormat(**form) for name, form in numbers["forms"].items()}
         self.removed, self.taken = Removed(**numbers["removed"]), Removed(**numbers["taken"])
         self.splitting = admm.Splitting.restored(placed(ADMM), numbers["admm"])

@@ -19,7 +19,7 @@ def test_every_recipe_becomes_one_epoch_of_a_few_images(recipe, workplace):
         assert node.get("epochs", 0) <= 1 and node.get("batch_size", 1) <= 4 and node.get("images", 1) <= 16
         assert node.get("calibration", {}).get("images", 1) <= 16
         lengths = [value for key, value in node.get("schedule", {}).items() if re.search("epoch|iterations", key)]
-        assert all(value <= 2 for value in lengths), node["schedule"]
+        assert all(value <= 3 for value in lengths), node["schedule"]  # a mask, what comes before, what comes after
 
 
 def test_what_the_command_line_says_stays(workplace):

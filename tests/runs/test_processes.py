@@ -167,7 +167,7 @@ def two_processes(place: Path, module: str, function: str, body: str) -> str:
     return done.stdout
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
     two_processes(
         tmp_path,
@@ -210,7 +210,7 @@ def test_two_gloo_processes_learn_from_a_teacher_as_one_does(tmp_path):
     assert ranks[0]["regressors"] == pytest.approx(one["regressors"], rel=1e-9, abs=1e-14)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_distilled_recipe_in_two_processes(tmp_path):
     """Rank 0 makes the table of logits that both look up while they prune."""
     process = torchrun(
@@ -249,7 +249,7 @@ def test_criteria_that_read_norm_statistics_choose_the_same_masks_on_every_rank(
     assert process.returncode == 0, err
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_resumes_from_the_store(tmp_path):
     process = torchrun(tmp_path, *RUN, "finetune.epochs=8", restarts=1, FAULT="finetune 80 SIGKILL 1")
     _, err = process.communicate(timeout=300)

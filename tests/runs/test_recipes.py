@@ -22,8 +22,11 @@ from tests.runs.test_legality import GOLDEN, cells
 
 TINY = ("limit_batches=1", "dataset.fake=true", "latency=false", "device=cpu")
 LARGE = {name for name in options("recipe") if "imagenet" in name}
-HEAVY = {  # many trainings of a large network
+HEAVY = {  # many trainings of a large network, or as a lighter one but for its criterion
     "resnet18_cifar10_taylor",
+    "resnet56_cifar10_fpgm",
+    "resnet56_cifar10_taylor",
+    "resnet56_cifar10_stripe_skeleton",
     "resnet50_cifar10_lt_fpgm_kd",
     "resnet50_cifar10_backward_l1_kd",
 }

@@ -10,13 +10,15 @@ import torch
 
 from prune_cli.errors import ScheduleError
 from prune_cli.granularities.element import Element
+from prune_cli.granularities.filter import Filter
 from prune_cli.schedules.lottery_ticket import lottery_ticket
 from prune_cli.schedules.requests import Mask, Project, Remember, Restore, Train
 from prune_cli.schedules.schedule import first_request, most_epochs
+from prune_cli.selection.budget import Budget
 from prune_cli.selection.granularity import Granularity
 from prune_cli.session.remembering import read
 from tests.schedules.played import play, toy
-from tests.session.tiny import begin, run
+from tests.session.tiny import ALWAYS, Cut, begin, cut_after, result, run
 
 PROBLEM = toy({"a": 80, "b": 80, "out": 80}, {"a": 1, "b": 1, "out": 1}, 0.2, quantity="units")
 
@@ -143,3 +145,18 @@ def test_control_arms_keep_as_many_weights_and_other_ones(tmp_path):
         assert kept["random_ticket"][name].sum() == mask.sum() and torch.equal(kept["random_init"][name], mask)
         assert not torch.equal(kept["random_ticket"][name], mask)
         assert not torch.equal(tickets["random_init"][name], tickets["none"][name])
+
+
+@pytest.mark.parametrize("granularity", [Granularity(Element(), 0.5), Granularity(Filter(), budget=Budget(macs=0.5))])
+def test_rounds_with_admm_end_with_the_same_bytes_wherever_they_were_cut(granularity, tmp_path, monkeypatch):
+    schedule = lottery(rounds=2, epochs=1, admm=1)
+    wanted = result(run(begin(tmp_path / "calm"), schedule, granularity, seconds=ALWAYS))
+    for answers in (3, 6, 9):
+        place = tmp_path / str(answers)
+        with monkeypatch.context() as patch:
+            cut_after(patch, answers)
+            with pytest.raises(Cut):
+                run(begin(place), schedule, granularity, seconds=ALWAYS)
+        assert result(run(begin(place), schedule, granularity, seconds=ALWAYS)) == wanted
+    plain = result(run(begin(tmp_path / "plain"), lottery(rounds=2, epochs=1), granularity))
+    assert plain[0] != wanted[0]

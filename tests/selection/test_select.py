@@ -173,7 +173,7 @@ def test_illegal_combinations_say_what_would_be_legal():
         Granularity(Element()).check(network(), channel)
     with pytest.raises(ConfigError, match="needs scope=global"):
         Granularity(Element(), normalize="lamp").check(network(), L1)
-    with pytest.raises(ConfigError, match="not set ratios"):
+    with pytest.raises(ConfigError, match="none has a ratio of its own"):
         Granularity(Element(), scope="global", rules=(Rule(types=("default",)), Rule(names=("2",), ratio=0.1))).check(
             network(), L1
         )

@@ -79,7 +79,7 @@ def test_killed_in_a_search_that_shrinks_the_same_command_goes_on(prune, spawn, 
     assert sums(folder_of(out)) == sums(calm.folder)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_ranks_share_the_candidates_and_adopt_the_same(tmp_path):
     process = torchrun(tmp_path, *NETADAPT, "+schedule.shrink_every=2")
     out, err = process.communicate(timeout=300)

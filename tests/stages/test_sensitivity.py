@@ -179,7 +179,7 @@ def test_it_goes_on_where_it_was_stopped_also_behind_a_torn_line(workplace, torn
     assert len(Lines(file).read()) == 7
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_two_processes_share_the_points_and_stop_together(tmp_path):
     """Rank 1 alone is told to stop after its second point; the same command goes on, and no point is there twice."""
     two_processes(
