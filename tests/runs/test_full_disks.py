@@ -100,7 +100,7 @@ def test_a_note_that_cannot_be_written_does_not_fail_a_stored_result(workplace, 
     assert "does not remember" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["onnx", "program"])
+@pytest.mark.parametrize("kind", [pytest.param("onnx", marks=pytest.mark.slow), "program"])
 def test_an_export_to_a_full_disk(prune, workplace, kind):
     """A limit on file sizes: what torch writes itself would end the process."""
     if kind == "onnx":

@@ -1,8 +1,8 @@
 """Every shipped recipe and every shipped option runs: a new file is tested by existing.
 
 What would take long in an option is cut by the overrides in a comment line of its file, `# tiny: schedule.epochs=2`. Which
-options go together is in legal.txt (test_legality.py). Here every schedule runs with every granularity, and every criterion
-once; `scripts/test all` runs it with every granularity.
+options go together is in legal.txt (test_legality.py). Here every schedule runs with one granularity; `scripts/test all` runs every
+schedule and every criterion with each.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def test_every_schedule_with_every_granularity(short, schedule, granularity):
     pruned(short, f"schedule={schedule}", f"granularity={granularity}", exactly=schedule != "backward")
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("name", options("criterion"))
 def test_every_criterion(short, name):
     """With the first granularity that is legal for it; one that needs another schedule says so in its file."""
